@@ -1,0 +1,33 @@
+"""What every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+BUNDLE_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def bundle_root() -> Path:
+    """The folder that holds configs/ and scripts/."""
+    return BUNDLE_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and golden outputs beside the checkout; a missing one fails in CI and skips elsewhere."""
+    folder = BUNDLE_ROOT.parent / "shared"
+    if folder.is_dir():
+        return folder
+    message = f"{folder} is absent: real images and reference outputs are kept outside the repository"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded source of random tensors."""
+    return torch.Generator().manual_seed(20250206)
