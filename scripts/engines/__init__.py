@@ -1,0 +1,1 @@
+"""Glue for the trainer and evaluator of MONAI."""

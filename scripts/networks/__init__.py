@@ -1,0 +1,1 @@
+"""The networks: the figures of the papers, one module a part."""

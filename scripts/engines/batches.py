@@ -1,0 +1,130 @@
+"""What the trainer and the evaluator hand to the network from a batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from monai.data import list_data_collate
+from monai.engines import PrepareBatch
+
+from scripts.errors import ConfigError
+from scripts.losses.joint import PromptTargets
+
+
+def diffusion_noise(
+    seeds: torch.Tensor, *, prompts: int, grid_size: int, channels: int = 256
+) -> torch.Tensor:
+    """Draw the noise of each image's prompts from the image's own seed, so that batch and rank do not matter.
+
+    Args:
+        seeds: `(B,)` int64.
+        prompts: K.
+        grid_size: h = w of the embedding.
+        channels: of the embedding.
+
+    Returns:
+        Standard normal values `(B, K, channels, h, w)`.
+    """
+    shape = (prompts, channels, grid_size, grid_size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()])
+
+
+def diffusion_timesteps(seeds: torch.Tensor, *, prompts: int, steps: int) -> torch.Tensor:
+    """Draw t uniformly from 1...T for each image's prompts, `(B, K)`.
+
+    The paper does not say which t is decoded: uniform in training and T afterwards is this project's choice.
+    """
+    rows = [
+        torch.randint(1, steps + 1, (prompts,), generator=torch.Generator().manual_seed(seed + 1)) for seed in seeds.tolist()
+    ]
+    return torch.stack(rows)
+
+
+class PreparePromptBatch(PrepareBatch):
+    """Make the network's arguments and the loss's targets of a batch of `PromptedSlices`.
+
+    Args:
+        grid_size: h = w of the network's embedding.
+        diffusion_steps: T.
+    """
+
+    def __init__(self, *, grid_size: int, diffusion_steps: int) -> None:
+        self.grid_size = grid_size
+        self.diffusion_steps = diffusion_steps
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, PromptTargets, tuple[()], dict[str, torch.Tensor]]:
+        """Return image, targets, no further positional arguments, and the network's keywords."""
+        seeds, prompts = batchdata["noise_seed"], batchdata["class_id"].shape[1]
+        arguments = {
+            "class_ids": batchdata["class_id"],
+            "noise": diffusion_noise(seeds, prompts=prompts, grid_size=self.grid_size),
+            "timestep": diffusion_timesteps(seeds, prompts=prompts, steps=self.diffusion_steps),
+            "box": batchdata["box"],
+        }
+        targets = PromptTargets(batchdata["label"], batchdata["distance"], batchdata["present"])
+        move = {"device": device, "non_blocking": non_blocking}
+        return (
+            batchdata["image"].to(**move, **kwargs),
+            PromptTargets(*(target.to(**move) for target in targets)),
+            (),
+            {name: value.to(**move) for name, value in arguments.items()},
+        )
+
+
+class PrepareCase(PrepareBatch):
+    """Make the inferer's arguments of a batch that is one whole case.
+
+    Args:
+        class_ids: the K classes of the answer's channels; None takes those that the case itself asks for.
+        presence: `all` asks for every annotated class in every slice; `oracle` only for those that the truth has
+            there, as the paper's group evaluates. The two must never share a table.
+    """
+
+    def __init__(self, *, class_ids: Sequence[int] | None = None, presence: Literal["all", "oracle"] = "all") -> None:
+        if presence not in ("all", "oracle"):
+            raise ConfigError(f"presence is 'all' or 'oracle', not '{presence}'")
+        self.class_ids = None if class_ids is None else sorted(class_ids)
+        self.presence = presence
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[()], dict[str, Any]]:
+        """Return the image (1, C, H, W, D), its label if any, and which classes to ask for where."""
+        image, label = batchdata["image"], batchdata.get("label")
+        arguments: dict[str, Any] = {"case": batchdata["case"][0]}
+        if self.class_ids is None:
+            arguments["class_ids"] = batchdata["class_ids"][0]
+        else:
+            arguments["class_ids"] = self.class_ids
+            arguments["presence"] = self._questions(batchdata)
+        move = {"device": device, "non_blocking": non_blocking}
+        return image.to(**move, **kwargs), None if label is None else label.to(**move), (), arguments
+
+    def _questions(self, batchdata: Mapping[str, Any]) -> torch.Tensor:
+        """Decide which class to ask for in which slice, (1, K, D) bool."""
+        annotated = torch.tensor([class_id in batchdata["annotated"][0] for class_id in self.class_ids or ()])
+        questions = annotated.reshape(1, -1, 1).expand(1, -1, batchdata["image"].shape[-1])
+        if self.presence == "all":
+            return questions
+        found = torch.as_tensor(batchdata["label"]).flatten(2, 3).any(dim=2)  # (1, K, H, W, D) -> (1, K, D)
+        return questions & found
+
+
+def collate_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make a batch of one case: tensors get a batch axis, everything else becomes a list.
+
+    MONAI's collation refuses None, which a case's metadata may hold, and would turn class ids into tensors.
+    """
+    tensors = [{name: value for name, value in case.items() if isinstance(value, torch.Tensor)} for case in cases]
+    others = {name: [case[name] for case in cases] for name in cases[0] if name not in tensors[0]}
+    return {**(list_data_collate(tensors) if tensors[0] else {}), **others}

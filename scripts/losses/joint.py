@@ -1,0 +1,142 @@
+"""The uncertainty-aware joint loss (AutoMedSAM, section 3.3, Eqs. 13 to 17)."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import nn
+
+from scripts.errors import ConfigError
+from scripts.losses.shape_distance import ShapeDistanceLoss
+from scripts.networks.prompts import MaskPrediction
+
+LOSS_NAMES = ("mse_sparse", "mse_dense", "dice", "cross_entropy", "shape_distance")  # J = 5
+SMALLEST_WEIGHT = 1e-3  # |lambda| below this would divide by nothing
+DICE_SMOOTHING = 1e-5
+
+
+class PromptTargets(NamedTuple):
+    """What the K prompts of B images should have given.
+
+    Attributes:
+        mask: `(B, K, S, S)`, 0 or 1.
+        distance: the distance maps of the masks `(B, K, S, S)`.
+        present: `(B, K)` bool, whether the class is in the image at all.
+    """
+
+    mask: torch.Tensor
+    distance: torch.Tensor
+    present: torch.Tensor
+
+
+def mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Average the chosen values; zero, not NaN, where there are none.
+
+    With several processes the count is theirs together: each gives its share of the mean over all of them, scaled so
+    that the average which DistributedDataParallel takes of the gradients is the gradient of that mean.
+
+    Args:
+        values: `(N,)`.
+        chosen: `(N,)` bool.
+
+    Returns:
+        A scalar.
+    """
+    count = chosen.sum().to(values.dtype)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    # Values that do not count may be infinite: they are replaced, since 0 x inf is NaN.
+    return torch.where(chosen, values, torch.zeros_like(values)).sum() / count.clamp(min=torch.finfo(values.dtype).tiny)
+
+
+class JointLoss(nn.Module):
+    """Join the five losses by learned weights: the sum of L_j / (2 lambda_j^2) + log(1 + lambda_j^2) (Eq. 17).
+
+    A class that is absent from the image has no box and no shape: the two embedding losses, Dice and Shape Distance
+    average over the present prompts, cross-entropy over all.
+
+    Args:
+        losses: which of `LOSS_NAMES` take part, in the order of their weights.
+        weighting: `uncertainty` for Eq. 17, `fixed` for the plain sum (the ablation of Table 7).
+
+    Attributes:
+        weights: lambda, `(J,)`, all 1 at the start.
+        components: the latest value of each loss, and of cross-entropy for present and absent prompts apart.
+
+    Raises:
+        ConfigError: an unknown loss or weighting.
+    """
+
+    def __init__(
+        self,
+        *,
+        losses: tuple[str, ...] | list[str] = LOSS_NAMES,
+        weighting: Literal["uncertainty", "fixed"] = "uncertainty",
+    ) -> None:
+        super().__init__()
+        unknown = set(losses) - set(LOSS_NAMES)
+        if unknown or not losses:
+            raise ConfigError(f"losses must be some of {', '.join(LOSS_NAMES)}, not {list(losses)}")
+        if weighting not in ("uncertainty", "fixed"):
+            raise ConfigError(f"weighting is 'uncertainty' or 'fixed', not '{weighting}'")
+        self.losses = tuple(losses)
+        self.weighting = weighting
+        self.weights = nn.Parameter(torch.ones(len(self.losses)), requires_grad=weighting == "uncertainty")
+        self.dice = DiceLoss(
+            sigmoid=True, squared_pred=True, smooth_nr=DICE_SMOOTHING, smooth_dr=DICE_SMOOTHING, reduction="none"
+        )
+        self.shape_distance = ShapeDistanceLoss()
+        self.components: dict[str, torch.Tensor] = {}
+
+    def forward(self, prediction: MaskPrediction, targets: PromptTargets) -> torch.Tensor:
+        """Give the joint loss, a scalar, and leave each part in `components`."""
+        parts = self._parts(prediction, targets)
+        self.components = {name: value.detach() for name, value in parts.items()}
+        return self.join({name: parts[name] for name in self.losses})
+
+    def join(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Weigh and sum the losses (Eq. 17)."""
+        values = torch.stack([parts[name] for name in self.losses])
+        if self.weighting == "fixed":
+            return values.sum()
+        squared = self.weights.square().clamp(min=SMALLEST_WEIGHT**2)
+        return (values / (2 * squared) + torch.log1p(squared)).sum()
+
+    def named_weights(self) -> dict[str, float]:
+        """Give each loss's lambda by name."""
+        return dict(zip(self.losses, self.weights.detach().tolist(), strict=True))
+
+    def _parts(self, prediction: MaskPrediction, targets: PromptTargets) -> dict[str, torch.Tensor]:
+        """Compute the losses that take part, each a mean over prompts."""
+        present = targets.present.flatten()
+        logits = prediction.logits.flatten(0, 1).float()  # (B, K, S, S) -> (B K, S, S)
+        mask = targets.mask.flatten(0, 1).float()
+        entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none").mean(dim=(1, 2))  # Eq. 15
+        parts = {
+            "cross_entropy": mean_over(entropy, torch.ones_like(present)),
+            "cross_entropy_present": mean_over(entropy, present),
+            "cross_entropy_absent": mean_over(entropy, ~present),
+        }
+        if "dice" in self.losses:
+            dice = self.dice(logits.unsqueeze(1), mask.unsqueeze(1)).flatten()  # (B K, 1, 1, 1) -> (B K,), Eq. 14
+            parts["dice"] = mean_over(dice, present)
+        if "shape_distance" in self.losses:
+            shape = self.shape_distance(logits, targets.distance.flatten(0, 1))  # Eq. 16
+            parts["shape_distance"] = mean_over(shape, present)
+        return parts | self._embedding_parts(prediction, present)
+
+    def _embedding_parts(self, prediction: MaskPrediction, present: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compare the generated prompts with the teacher's for the true box (Eqs. 13a and 13b)."""
+        parts = {}
+        for name, kind in (("mse_sparse", "sparse"), ("mse_dense", "dense")):
+            if name not in self.losses:
+                continue
+            if prediction.teacher is None:
+                raise ConfigError(f"the loss '{name}' needs the teacher's prompts: give the network the true boxes")
+            difference = getattr(prediction.prompts, kind) - getattr(prediction.teacher, kind)
+            parts[name] = mean_over(difference.float().square().flatten(1).mean(dim=1), present)
+        return parts

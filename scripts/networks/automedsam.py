@@ -1,0 +1,198 @@
+"""AutoMedSAM (arXiv 2502.06817, Fig. 2): the one place where its parts are put together.
+
+::
+
+    image ──▶ image encoder (frozen) ──▶ embedding ──┬──────────────────────────────▶ mask decoder ──▶ logits
+    class ──▶ class prompt encoder ◀─────────────────┘──▶ sparse, dense prompts ──────────▲
+    box   ──▶ SAM's prompt encoder (frozen) ──▶ the teacher's sparse, dense prompts
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scripts.errors import ConfigError
+from scripts.networks.class_prompt_encoder import DIFFUSION_STEPS, RELEASE_CHANNELS, ClassPromptEncoder, Preset
+from scripts.networks.image_encoders import build_image_encoder
+from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder
+from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
+
+# Of segment_anything/modeling/sam.py, for pixels from 0 to 255.
+SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
+SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class AutoMedSAM(nn.Module):
+    """Segment the classes asked for, each by name alone.
+
+    Args:
+        image_encoder: `compact`, `lite_medsam`, `mobile_sam`, `sam_vit_b`, `sam_vit_l` or `sam_vit_h`.
+        image_size: side S of the square input in pixels; None means the encoder's published size.
+        class_ids: the classes that `network(image)` asks for; channel k of its answer is class k.
+        preset: `paper` or `release`, see `ClassPromptEncoder`.
+        channels: widths of the class prompt encoder's U-Net.
+        diffusion_steps: T.
+        pixel_normalisation: `unit` leaves pixels in [0, 1], as MedSAM and LiteMedSAM were trained; `sam` takes SAM's
+            mean and standard deviation off them, as SAM and MobileSAM were.
+        train_image_encoder: whether the image encoder learns too. The papers freeze it; without pretrained weights
+            there is nothing to freeze.
+
+    Attributes:
+        settings: the arguments that decide the shape and meaning of the weights, for the model card.
+
+    Raises:
+        ConfigError: a setting that does not exist, or class ids that are not positive and distinct.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_encoder: str = "lite_medsam",
+        image_size: int | None = None,
+        class_ids: Sequence[int] = (1, 2, 3, 4, 5),
+        preset: Preset = "paper",
+        channels: Sequence[int] = RELEASE_CHANNELS,
+        diffusion_steps: int = DIFFUSION_STEPS,
+        pixel_normalisation: Literal["unit", "sam"] = "unit",
+        train_image_encoder: bool = False,
+    ) -> None:
+        super().__init__()
+        if not class_ids or min(class_ids) < 1 or len(set(class_ids)) < len(class_ids):
+            raise ConfigError(f"class_ids must be distinct numbers from 1 up, not {list(class_ids)}")
+        if pixel_normalisation not in ("unit", "sam"):
+            raise ConfigError(f"pixel_normalisation is 'unit' or 'sam', not '{pixel_normalisation}'")
+        first, second, middle = channels
+        self.settings: dict[str, Any] = {
+            "image_encoder": image_encoder,
+            "image_size": image_size,
+            "class_ids": list(class_ids),
+            "preset": preset,
+            "channels": list(channels),
+            "diffusion_steps": diffusion_steps,
+            "pixel_normalisation": pixel_normalisation,
+        }
+        self.class_ids = tuple(sorted(class_ids))
+        self.pixel_normalisation = pixel_normalisation
+        self.train_image_encoder = train_image_encoder
+        self.image_encoder = build_image_encoder(image_encoder, image_size=image_size)
+        self.image_size: int = self.image_encoder.image_size  # type: ignore[assignment]
+        self.grid_size: int = self.image_encoder.grid_size  # type: ignore[assignment]
+        self.class_prompt_encoder = ClassPromptEncoder(
+            grid_size=self.grid_size,
+            preset=preset,
+            channels=(first, second, middle),
+            diffusion_steps=diffusion_steps,
+        )
+        self.prompt_encoder = build_prompt_encoder(grid_size=self.grid_size, image_size=self.image_size)
+        self.mask_decoder = build_mask_decoder()
+        self.image_encoder.requires_grad_(train_image_encoder)
+        self.prompt_encoder.requires_grad_(False)
+        self.register_buffer("pixel_mean", torch.tensor(SAM_PIXEL_MEAN).reshape(1, 3, 1, 1) / 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(SAM_PIXEL_STD).reshape(1, 3, 1, 1) / 255, persistent=False)
+        self.train(self.training)
+
+    @property
+    def diffusion_steps(self) -> int:
+        """T, the last time step of the forward diffusion."""
+        return self.class_prompt_encoder.diffusion_steps
+
+    def train(self, mode: bool = True) -> "AutoMedSAM":
+        """Switch to training; what is frozen stays in eval mode, so that batch statistics are never touched."""
+        super().train(mode)
+        self.image_encoder.train(mode and self.train_image_encoder)
+        self.prompt_encoder.eval()
+        return self
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        class_ids: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        box: torch.Tensor | None = None,
+    ) -> torch.Tensor | MaskPrediction:
+        """Segment images, all known classes or those asked for.
+
+        Args:
+            image: `(B, 3, S, S)` with values in [0, 1].
+            class_ids: `(B, K)` classes to ask for in each image; None asks for all that the network knows.
+            noise: standard normal values `(B, K, 256, h, w)` of the forward diffusion; None means none.
+            timestep: diffusion steps `(B, K)`, from 1 to T; None means T.
+            box: true boxes `(B, K, 4)`, xyxy in pixels of the input, from which the teacher's prompts are made.
+
+        Returns:
+            Without `class_ids` the logits `(B, 1 + largest id, S, S)`: channel 0 is the background at logit 0, channel
+            k is class k, and a class that the network does not know has the lowest logit there is. With `class_ids` a
+            `MaskPrediction`.
+        """
+        embedding = self.encode_image(image)
+        if class_ids is None:
+            return self._all_classes(embedding)
+        prompts = self.encode_classes(embedding, class_ids, noise=noise, timestep=timestep)
+        logits, quality = self.decode(embedding, prompts)
+        return MaskPrediction(logits, quality, prompts, None if box is None else self.encode_boxes(box))
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, 256, h, w)`, once for all their prompts."""
+        if self.pixel_normalisation == "sam":
+            image = (image - self.pixel_mean) / self.pixel_std
+        if self.train_image_encoder:
+            return self.image_encoder(image)
+        with torch.no_grad():
+            return self.image_encoder(image)
+
+    def encode_classes(
+        self,
+        embedding: torch.Tensor,
+        class_ids: torch.Tensor,
+        *,
+        noise: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+    ) -> PromptEmbeddings:
+        """Make the prompts of classes `(B, K)` for embeddings `(B, 256, h, w)`: B x K rows, image by image."""
+        per_prompt = embedding.repeat_interleave(class_ids.shape[1], dim=0)  # (B, C, h, w) -> (B K, C, h, w)
+        return self.class_prompt_encoder(
+            per_prompt,
+            class_ids.flatten(),
+            None if noise is None else noise.flatten(0, 1),
+            None if timestep is None else timestep.flatten(),
+        )
+
+    def encode_boxes(self, box: torch.Tensor) -> PromptEmbeddings:
+        """Make SAM's own prompts of boxes `(B, K, 4)`, xyxy in pixels of the input: B x K rows, without gradient."""
+        with torch.no_grad():
+            sparse, dense = self.prompt_encoder(points=None, boxes=box.reshape(-1, 4), masks=None)
+        return PromptEmbeddings(sparse, dense)
+
+    def decode(self, embedding: torch.Tensor, prompts: PromptEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode prompts over their images.
+
+        Args:
+            embedding: `(B, 256, h, w)`.
+            prompts: B x K rows, image by image.
+
+        Returns:
+            Logits `(B, K, S, S)` and quality `(B, K)`.
+        """
+        images = embedding.shape[0]
+        per_image = prompts.dense.shape[0] // images
+        per_prompt = embedding.repeat_interleave(per_image, dim=0)  # (B, C, h, w) -> (B K, C, h, w)
+        logits, quality = self.mask_decoder(per_prompt, self.prompt_encoder.get_dense_pe(), prompts)
+        logits = logits.reshape(images, per_image, *logits.shape[1:])  # (B K, 4 h, 4 w) -> (B, K, 4 h, 4 w)
+        if logits.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits, quality.reshape(images, per_image)
+
+    def _all_classes(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Ask for every class known and lay the answers out by class id."""
+        images = embedding.shape[0]
+        ids = torch.tensor(self.class_ids, device=embedding.device)
+        logits, _ = self.decode(embedding, self.encode_classes(embedding, ids.expand(images, -1)))
+        lowest = torch.finfo(logits.dtype).min
+        channels = logits.new_full((images, 1 + self.class_ids[-1], *logits.shape[2:]), lowest)
+        channels[:, 0] = 0.0
+        return channels.index_copy(1, ids, logits)

@@ -1,0 +1,172 @@
+"""The diffusion-based class prompt encoder (AutoMedSAM, section 3.2 and Fig. 3).
+
+A class index and the image embedding go in; the sparse and dense prompt embeddings of SAM's mask decoder come out. Two
+presets, because the paper and its released code are not the same network:
+
+=====================  ==================================  ==========================================
+part                   `paper`                             `release`
+=====================  ==================================  ==========================================
+forward diffusion      one step (Eq. 5)                    T accumulated steps
+first convolution      F_t, 256 channels                   F_T and the projected class, 257 channels
+class at the bottom    projected (Eqs. 2, 3), 129th map    the bare number, 129th map
+dense attention        1x1 convolution, ReLU (Eq. 7)       1x1 convolution
+=====================  ==================================  ==========================================
+
+Neither changes the resolution. The state-dict names are those of the authors' file
+(https://github.com/HP-ML/AutoPromptMedSAM), so that their weights would load.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from scripts.errors import ConfigError
+from scripts.networks.forward_diffusion import diffuse_accumulated, diffuse_once
+from scripts.networks.prompts import PromptEmbeddings
+
+Preset = Literal["paper", "release"]
+EMBEDDING_CHANNELS = 256  # of SAM's image encoders and prompts
+SPARSE_TOKENS = 2  # as many as SAM's prompt encoder makes of a box
+RELEASE_CHANNELS = (64, 128, 256)  # of the authors' file; the paper gives none
+DIFFUSION_STEPS = 100  # T of the authors' file; the paper gives none
+
+
+def _double_convolution(channels_in: int, middle: int, channels_out: int) -> nn.Sequential:
+    """Apply two 3x3 convolutions with ReLU (Eqs. 6 and 9), the resolution unchanged."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, middle, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(middle, channels_out, 3, padding=1),
+        nn.ReLU(),
+    )
+
+
+class TwoBranchUNet(nn.Module):
+    """Reverse diffusion: one encoder, a dense and a sparse decoder (section 3.2.2, Eqs. 6 to 12).
+
+    Args:
+        channels_in: of the diffused embedding, the class map included where there is one.
+        channels: widths of the first level, the second level and the middle.
+        rectified_attention: whether the dense attention ends in ReLU, as in Eq. 7.
+    """
+
+    def __init__(self, *, channels_in: int, channels: tuple[int, int, int], rectified_attention: bool) -> None:
+        super().__init__()
+        first, second, middle = channels
+        self.enc1 = _double_convolution(channels_in, first, first)
+        self.enc2 = _double_convolution(first, second, second)
+        self.middle = _double_convolution(second, middle, second)
+        self.dense_attention = nn.Conv2d(second + 1, second, 1)
+        self.sparse_attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(second + 1, second, 1), nn.Sigmoid())
+        self.dense_dec1 = _double_convolution(2 * second, second, first)
+        self.dense_dec2 = _double_convolution(2 * first, first, EMBEDDING_CHANNELS)
+        self.sparse_dec1 = _double_convolution(2 * second, second, first)
+        self.sparse_dec2 = _double_convolution(2 * first, first, EMBEDDING_CHANNELS)
+        self.rectified_attention = rectified_attention
+
+    def forward(self, diffused: torch.Tensor, class_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode the diffused embedding into a map for each branch.
+
+        Args:
+            diffused: `(N, channels_in, h, w)`.
+            class_map: what tells the class at the bottom, `(N, 1, h, w)`.
+
+        Returns:
+            Two maps `(N, 256, h, w)` with values >= 0: dense, sparse.
+        """
+        first = self.enc1(diffused)
+        second = self.enc2(first)
+        encoded = self.middle(second)
+        attended = torch.cat((encoded, class_map), dim=1)  # F_att: the class is one more channel
+        dense = encoded * self._dense_weights(attended)  # Eq. 8
+        sparse = encoded * self.sparse_attention(attended)  # Eqs. 10 to 12
+        dense = self.dense_dec1(torch.cat((dense, second), dim=1))
+        sparse = self.sparse_dec1(torch.cat((sparse, second), dim=1))
+        return self.dense_dec2(torch.cat((dense, first), dim=1)), self.sparse_dec2(torch.cat((sparse, first), dim=1))
+
+    def _dense_weights(self, attended: torch.Tensor) -> torch.Tensor:
+        """One weight for each channel and place (Eq. 7)."""
+        weights = self.dense_attention(attended)
+        return torch.relu(weights) if self.rectified_attention else weights
+
+
+class ClassPromptEncoder(nn.Module):
+    """Turn a class index and an image embedding into prompt embeddings.
+
+    Args:
+        grid_size: side h = w of the image embedding.
+        preset: `paper` for the equations, `release` for the authors' file.
+        channels: widths of the U-Net; the default is the authors'.
+        diffusion_steps: T.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid_size: int = 64,
+        preset: Preset = "paper",
+        channels: tuple[int, int, int] = RELEASE_CHANNELS,
+        diffusion_steps: int = DIFFUSION_STEPS,
+    ) -> None:
+        super().__init__()
+        if preset not in ("paper", "release"):
+            raise ConfigError(f"the class prompt encoder's preset is 'paper' or 'release', not '{preset}'")
+        self.grid_size = grid_size
+        self.preset = preset
+        self.diffusion_steps = diffusion_steps
+        self.fc_label = nn.Linear(1, grid_size * grid_size)
+        self.unet = TwoBranchUNet(
+            channels_in=EMBEDDING_CHANNELS + (1 if preset == "release" else 0),
+            channels=channels,
+            rectified_attention=preset == "paper",
+        )
+        self.token_pool = nn.AdaptiveAvgPool2d((SPARSE_TOKENS, 1))
+
+    def project(self, class_ids: torch.Tensor) -> torch.Tensor:
+        """Spread class indices `(N,)` over the grid, linearly in the index (Eqs. 2 and 3): `(N, 1, h, w)`."""
+        projected = self.fc_label(class_ids.to(self.fc_label.weight.dtype).reshape(-1, 1))
+        return projected.reshape(-1, 1, self.grid_size, self.grid_size)  # (N, h w) -> (N, 1, h, w)
+
+    def forward(
+        self,
+        image_embedding: torch.Tensor,
+        class_ids: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+    ) -> PromptEmbeddings:
+        """Encode one class prompt for each embedding.
+
+        Args:
+            image_embedding: F_I `(N, 256, h, w)`.
+            class_ids: the class of each row, `(N,)`, 1 and above.
+            noise: standard normal values `(N, 256, h, w)`, or None for none.
+            timestep: t of each row `(N,)`, from 1 to T; None means T. The accumulated form always takes all T steps.
+
+        Returns:
+            Sparse `(N, 2, 256)` and dense `(N, 256, h, w)` embeddings with values >= 0.
+        """
+        class_map = self.project(class_ids)
+        dense, sparse = self.unet(*self._conditioned(image_embedding, class_ids, class_map, noise, timestep))
+        tokens = self.token_pool(sparse)  # (N, 256, 2, 1): means of the upper and of the lower half
+        return PromptEmbeddings(sparse=tokens.flatten(2).transpose(1, 2), dense=dense)
+
+    def _conditioned(
+        self,
+        image_embedding: torch.Tensor,
+        class_ids: torch.Tensor,
+        class_map: torch.Tensor,
+        noise: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the U-Net's two inputs: the diffused embedding, and the class at the bottom."""
+        if self.preset == "paper":
+            if timestep is None:
+                timestep = torch.full_like(class_ids, self.diffusion_steps)
+            return diffuse_once(image_embedding, class_map, noise, timestep.to(image_embedding.dtype)), class_map
+        diffused = diffuse_accumulated(image_embedding, class_map, noise, self.diffusion_steps)
+        number = class_ids.to(image_embedding.dtype).reshape(-1, 1, 1, 1).expand_as(class_map)
+        return torch.cat((diffused, class_map), dim=1), number

@@ -1,0 +1,102 @@
+"""A small convolutional image encoder for the demo, the tests and training on a CPU.
+
+It is not from the papers: it stands where they have SAM's ViT or LiteMedSAM's TinyViT, with the same output width, so
+that everything behind it is theirs. No batch statistics: batched equals one by one, in training and afterwards.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scripts.errors import ConfigError
+
+EMBEDDING_CHANNELS = 256
+STAGE_CHANNELS = (32, 64, 128, 192)  # at strides 2, 4, 8 and 16
+STAGE_BLOCKS = (1, 1, 2, 2)
+DEEPEST_STRIDE = 16
+NORM_GROUPS = 8
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with group normalisation around an identity.
+
+    Args:
+        channels: width of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(NORM_GROUPS, channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(NORM_GROUPS, channels),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, channels, h, w)` to the same shape."""
+        return F.relu(features + self.body(features))
+
+
+def _stage(channels_in: int, channels: int, blocks: int) -> nn.Sequential:
+    """Halve the resolution, then refine."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(NORM_GROUPS, channels),
+        nn.ReLU(),
+        *(ResidualBlock(channels) for _ in range(blocks)),
+    )
+
+
+class CompactEncoder(nn.Module):
+    """Four convolutional stages with a top-down path: 2.5 M parameters, below 1.5 GFLOP at 128 pixels.
+
+    Args:
+        image_size: side S of the square input in pixels, a multiple of 16.
+        stride: pixels of the image for one cell of the embedding, 4 or 8.
+
+    Raises:
+        ConfigError: a size or stride that the stages cannot give.
+    """
+
+    def __init__(self, *, image_size: int = 128, stride: int = 8) -> None:
+        super().__init__()
+        if image_size < DEEPEST_STRIDE or image_size % DEEPEST_STRIDE:
+            raise ConfigError(f"the compact encoder takes image sizes that are multiples of 16, not {image_size}")
+        if stride not in (4, 8):
+            raise ConfigError(f"the compact encoder's embedding has stride 4 or 8, not {stride}")
+        self.image_size = image_size
+        self.grid_size = image_size // stride
+        widths = (3, *STAGE_CHANNELS)
+        self.stages = nn.ModuleList(_stage(widths[i], widths[i + 1], blocks) for i, blocks in enumerate(STAGE_BLOCKS))
+        deepest = image_size // DEEPEST_STRIDE
+        # Left and right look alike; only the place tells them apart.
+        self.position = nn.Parameter(torch.zeros(1, STAGE_CHANNELS[-1], deepest, deepest))
+        self.finest_stage = 1 if stride == 4 else 2
+        self.lateral = nn.ModuleList(
+            nn.Conv2d(STAGE_CHANNELS[i + 1], STAGE_CHANNELS[i], 1)
+            for i in range(self.finest_stage, len(STAGE_CHANNELS) - 1)
+        )
+        finest = STAGE_CHANNELS[self.finest_stage]
+        self.refine = ResidualBlock(finest)
+        self.neck = nn.Sequential(
+            nn.Conv2d(finest, EMBEDDING_CHANNELS, 1, bias=False), nn.GroupNorm(1, EMBEDDING_CHANNELS)
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Embed `(B, 3, S, S)` images with values in [0, 1] as `(B, 256, S / stride, S / stride)`."""
+        levels = []
+        features = image
+        for index, stage in enumerate(self.stages):
+            features = stage(features)
+            if index >= self.finest_stage:
+                levels.append(features)
+        return self.neck(self.refine(self._merge(levels)))
+
+    def _merge(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        """Carry the deep features down to the finest level kept."""
+        merged = levels[-1] + self.position
+        for level, lateral in zip(reversed(levels[:-1]), reversed(self.lateral), strict=True):
+            merged = level + F.interpolate(lateral(merged), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return merged

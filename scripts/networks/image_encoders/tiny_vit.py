@@ -1,0 +1,335 @@
+"""TinyViT-5M as an image encoder: LiteMedSAM's variant at 256 pixels and MobileSAM's at 1024.
+
+Both lead to an embedding of 256 channels on a 64x64 grid and share all names; they differ in the patch embedding (1x1
+without stride against 3x3 with stride 2) and in the unused classifier that MobileSAM's published file carries along.
+
+Sources: Wu et al., TinyViT, arXiv 2207.10666, table 1 (5M); Zhang et al., MobileSAM, arXiv 2306.14289; the LiteMedSAM
+branch of https://github.com/bowang-lab/MedSAM. Names and shapes are those of the published weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition
+from torch import nn
+
+from scripts.errors import ConfigError, InputError
+
+EMBEDDING_CHANNELS = 256
+STAGE_CHANNELS = (64, 128, 160, 320)
+STAGE_BLOCKS = (2, 2, 6, 2)
+STAGE_HEADS = (2, 4, 5, 10)  # the first stage is convolutional and has none
+STAGE_WINDOWS = (7, 7, 14, 7)  # tokens
+EXPANSION = 4  # of the inverted bottlenecks and of the perceptrons
+DOWNSAMPLING_STRIDES = (2, 2, 1)  # SAM's variants keep the last stage at the grid of the third
+IMAGENET_CLASSES = 1000
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias and its batch normalisation, under the published names `c` and `bn`.
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+        kernel: side of the odd kernel; the padding keeps the resolution at stride 1.
+        stride: step in both axes.
+        groups: groups of the convolution.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 1, *, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(
+            in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False
+        )
+        self.add_module("c", convolution)
+        self.add_module("bn", nn.BatchNorm2d(out_channels))
+
+
+class PatchEmbedding(nn.Module):
+    """Two convolutions from the image to the width of the first stage.
+
+    Args:
+        kernel: side of both kernels.
+        stride: step of both convolutions; together they shrink the image by its square.
+    """
+
+    def __init__(self, *, kernel: int, stride: int) -> None:
+        super().__init__()
+        width = STAGE_CHANNELS[0]
+        self.seq = nn.Sequential(
+            ConvNorm(3, width // 2, kernel, stride=stride),
+            nn.GELU(),
+            ConvNorm(width // 2, width, kernel, stride=stride),
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Map `(B, 3, S, S)` to `(B, 64, S / stride^2, S / stride^2)`."""
+        return self.seq(image)
+
+
+class InvertedBottleneck(nn.Module):
+    """Widen, filter each channel in 3x3, narrow again, around an identity (MBConv).
+
+    Args:
+        channels: width of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = channels * EXPANSION
+        self.conv1 = ConvNorm(channels, hidden)
+        self.conv2 = ConvNorm(hidden, hidden, 3, groups=hidden)
+        self.conv3 = ConvNorm(hidden, channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, channels, h, w)` to the same shape."""
+        hidden = F.gelu(self.conv1(features))
+        hidden = F.gelu(self.conv2(hidden))
+        return F.gelu(features + self.conv3(hidden))
+
+
+class Downsampling(nn.Module):
+    """Change the width and, at stride 2, halve the resolution between two stages.
+
+    Args:
+        in_channels: width of the stage before.
+        out_channels: width of the stage behind.
+        stride: 2, or 1 where only the width changes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_channels, out_channels)
+        self.conv2 = ConvNorm(out_channels, out_channels, 3, stride=stride, groups=out_channels)
+        self.conv3 = ConvNorm(out_channels, out_channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, in_channels, h, w)` to `(B, out_channels, h / stride, w / stride)`."""
+        features = F.gelu(self.conv1(features))
+        features = F.gelu(self.conv2(features))
+        return self.conv3(features)
+
+
+def offset_indices(window: int) -> torch.Tensor:
+    """Say which attention bias belongs to which pair of tokens in a window.
+
+    A bias stands for the absolute offset (rows, columns) of the two tokens; the published tables hold it at
+    rows * window + columns.
+
+    Args:
+        window: side of the window in tokens.
+
+    Returns:
+        Indices `(window^2, window^2)`, int64, tokens in row-major order on both axes.
+    """
+    place = torch.arange(window)
+    distance = (place[:, None] - place[None, :]).abs()  # (window, window)
+    # (row, column, row, column): the offset of rows and that of columns are independent
+    table = distance[:, None, :, None] * window + distance[None, :, None, :]
+    return table.reshape(window * window, window * window)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention among the tokens of a window, with a learned bias for each offset.
+
+    The biases are gathered anew in each pass. A table kept at `eval()`, as in the original, would go stale when
+    weights are loaded afterwards.
+
+    Args:
+        channels: width of the tokens.
+        heads: number of heads.
+        window: side of the window in tokens.
+    """
+
+    attention_bias_idxs: torch.Tensor
+
+    def __init__(self, channels: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
+        self.register_buffer("attention_bias_idxs", offset_indices(window), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens `(N, window^2, channels)` to the same shape."""
+        count, length, channels = tokens.shape
+        projected = self.qkv(self.norm(tokens))
+        # (N, L, 3 * channels) -> (N, heads, L, 3 * width of a head): each head has its query, key and value in a row
+        projected = projected.reshape(count, length, self.heads, -1).transpose(1, 2)
+        query, key, value = projected.chunk(3, dim=-1)
+        bias = self.attention_biases[:, self.attention_bias_idxs].to(query.dtype)  # (heads, L, L)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(mixed.transpose(1, 2).reshape(count, length, channels))
+
+
+class Perceptron(nn.Module):
+    """Normalise, widen and narrow the tokens one by one.
+
+    Args:
+        channels: width of the tokens.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, channels * EXPANSION)
+        self.fc2 = nn.Linear(channels * EXPANSION, channels)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map `(..., channels)` to the same shape."""
+        return self.fc2(F.gelu(self.fc1(self.norm(tokens))))
+
+
+class AttentionBlock(nn.Module):
+    """Attention in windows, a 3x3 filter across their borders, and a perceptron.
+
+    A grid that the window does not divide is filled with zeros at the bottom and right for the attention; the filled
+    places take part in it, as in the published network.
+
+    Args:
+        channels: width of the features.
+        heads: number of heads.
+        window: side of the windows in tokens.
+    """
+
+    def __init__(self, channels: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.attn = WindowAttention(channels, heads, window)
+        self.mlp = Perceptron(channels)
+        self.local_conv = ConvNorm(channels, channels, 3, groups=channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, channels, h, w)` to the same shape."""
+        tokens = features.permute(0, 2, 3, 1)  # (B, h, w, channels)
+        tokens = tokens + self._attend(tokens)
+        features = self.local_conv(tokens.permute(0, 3, 1, 2))
+        update = self.mlp(features.permute(0, 2, 3, 1))  # (B, h, w, channels)
+        return features + update.permute(0, 3, 1, 2)
+
+    def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Attend within each window of `(B, h, w, channels)`."""
+        windows, padded = window_partition(tokens, self.window)  # (B * windows, window, window, channels)
+        mixed = self.attn(windows.flatten(1, 2)).reshape(windows.shape)
+        return window_unpartition(mixed, self.window, padded, (tokens.shape[1], tokens.shape[2]))
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, and the step to the next.
+
+    Args:
+        blocks: what is done at this resolution.
+        downsample: the step to the next stage; None in the last one.
+    """
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample if downsample is not None else nn.Identity()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, channels, h, w)` to what the next stage takes."""
+        return self.downsample(self.blocks(features))
+
+
+def _blocks(index: int) -> list[nn.Module]:
+    """Build the blocks of a stage: convolutions in the first, attention in the others."""
+    channels = STAGE_CHANNELS[index]
+    if index == 0:
+        return [InvertedBottleneck(channels) for _ in range(STAGE_BLOCKS[0])]
+    return [AttentionBlock(channels, STAGE_HEADS[index], STAGE_WINDOWS[index]) for _ in range(STAGE_BLOCKS[index])]
+
+
+def _downsampling(index: int) -> nn.Module | None:
+    """Build the step behind a stage; there is none behind the last."""
+    if index == len(DOWNSAMPLING_STRIDES):
+        return None
+    return Downsampling(STAGE_CHANNELS[index], STAGE_CHANNELS[index + 1], stride=DOWNSAMPLING_STRIDES[index])
+
+
+def _neck() -> nn.Sequential:
+    """Build SAM's way from the last stage to the embedding."""
+    return nn.Sequential(
+        nn.Conv2d(STAGE_CHANNELS[-1], EMBEDDING_CHANNELS, 1, bias=False),
+        LayerNorm2d(EMBEDDING_CHANNELS),
+        nn.Conv2d(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS, 3, padding=1, bias=False),
+        LayerNorm2d(EMBEDDING_CHANNELS),
+    )
+
+
+class TinyViT(nn.Module):
+    """TinyViT-5M with SAM's neck.
+
+    Args:
+        image_size: side S of the square input in pixels.
+        patch_kernel: side of the patch embedding's kernels.
+        patch_stride: step of each of the patch embedding's two convolutions.
+        classes: outputs of the classifier that lies unused in the published file; 0 for none. Its modules are kept
+            so that the file loads strictly, but they take no part in the embedding and ask for no gradient.
+
+    Raises:
+        ConfigError: an image size that the strides do not divide.
+    """
+
+    def __init__(self, *, image_size: int, patch_kernel: int, patch_stride: int, classes: int = 0) -> None:
+        super().__init__()
+        stride = 4 * patch_stride**2  # two halvings between the stages
+        if image_size < stride or image_size % stride:
+            raise ConfigError(
+                f"this TinyViT takes image sizes that are positive multiples of {stride}, not {image_size}"
+            )
+        self.image_size = image_size
+        self.grid_size = image_size // stride
+        self.patch_embed = PatchEmbedding(kernel=patch_kernel, stride=patch_stride)
+        self.layers = nn.Sequential(*(Stage(_blocks(i), _downsampling(i)) for i in range(len(STAGE_CHANNELS))))
+        if classes:
+            self.norm_head = nn.LayerNorm(STAGE_CHANNELS[-1]).requires_grad_(False)
+            self.head = nn.Linear(STAGE_CHANNELS[-1], classes).requires_grad_(False)
+        self.neck = _neck()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Embed images.
+
+        Args:
+            image: `(B, 3, S, S)`, float, normalised as the weights expect it.
+
+        Returns:
+            Embedding `(B, 256, grid_size, grid_size)`.
+
+        Raises:
+            InputError: an image of another shape.
+        """
+        side = self.image_size
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side):
+            raise InputError(
+                f"this image encoder expects (B, 3, {side}, {side}), got {tuple(image.shape)}: resize the image"
+            )
+        return self.neck(self.layers(self.patch_embed(image)))
+
+
+def lite_medsam_encoder(*, image_size: int = 256) -> TinyViT:
+    """Build LiteMedSAM's encoder: 256 pixels give a 64x64 grid, 5,726,740 parameters.
+
+    Args:
+        image_size: side of the square input in pixels, a multiple of 4; the grid is a quarter of it.
+
+    Raises:
+        ConfigError: an image size that is not a positive multiple of 4.
+    """
+    return TinyViT(image_size=image_size, patch_kernel=1, patch_stride=1)
+
+
+def mobile_sam_encoder(*, image_size: int = 1024) -> TinyViT:
+    """Build MobileSAM's encoder: 1024 pixels give a 64x64 grid.
+
+    Args:
+        image_size: side of the square input in pixels, a multiple of 16; the grid is a sixteenth of it.
+
+    Raises:
+        ConfigError: an image size that is not a positive multiple of 16.
+    """
+    return TinyViT(image_size=image_size, patch_kernel=3, patch_stride=2, classes=IMAGENET_CLASSES)

@@ -1,0 +1,50 @@
+"""The card beside a weights file: how the network is built, and which classes it has learned in which modality."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.errors import CheckpointError
+from scripts.files import atomic_path
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What must be known to use a weights file.
+
+    Attributes:
+        network: arguments of `AutoMedSAM`, so that the weights fit.
+        trained: modality -> names of the classes learned in it.
+        training: how the weights came about: data set, epochs, seed, validation score.
+    """
+
+    network: dict[str, Any]
+    trained: dict[str, list[str]]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def beside(cls, weights: str | Path) -> "ModelCard":
+        """Read the card of a weights file: the same name with the suffix .json.
+
+        Raises:
+            CheckpointError: there is no card, or it is not one.
+        """
+        path = Path(weights).with_suffix(".json")
+        try:
+            content = json.loads(path.read_text())
+            return cls(**{name: content[name] for name in ("network", "trained", "training")})
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path.name} is missing beside {Path(weights).name}: it says how the network is built; training writes both"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path.name} is no model card with network, trained and training: {error}") from error
+
+    def write(self, path: Path, scores: Mapping[str, float] | None = None) -> None:
+        """Write the card, with the scores that chose the weights."""
+        content = asdict(self)
+        content["training"] = {**self.training, **(scores or {})}
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

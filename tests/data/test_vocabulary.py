@@ -1,0 +1,430 @@
+"""Names become numbers in one place: the shipped table is sound, and a broken one is refused by row."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from scripts.data.vocabulary import ClassEntry, Modality, Vocabulary, choose_classes, parse_prompts
+from scripts.errors import ConfigError, PromptError
+
+TABLE: dict[str, Any] = {
+    "modalities": {
+        "CT": {"description": "computed tomography", "synonyms": ["CAT scan"], "dicom_codes": ["CT"]},
+        "MR": {"description": "magnetic resonance", "synonyms": ["MRI"], "dicom_codes": ["MR"]},
+        "endoscopy": {"description": "endoscopes", "dicom_codes": ["ES"]},
+    },
+    "classes": [
+        {
+            "id": 5,
+            "name": "right kidney",
+            "synonyms": ["R kidney"],
+            "modalities": ["CT", "MR"],
+            "region": "abdomen",
+            "partner": "left kidney",
+            "colour": [0, 0, 255],
+        },
+        {
+            "id": 1,
+            "name": "liver",
+            "synonyms": ["hepar"],
+            "modalities": ["CT"],
+            "region": "abdomen",
+            "colour": [9, 0, 0],
+        },
+        {
+            "id": 4,
+            "name": "left kidney",
+            "modalities": ["CT", "MR"],
+            "region": "abdomen",
+            "partner": "right kidney",
+            "colour": [0, 255, 0],
+        },
+        {"id": 6, "name": "polyp", "modalities": ["endoscopy"], "region": "colon", "colour": [255, 255, 0]},
+    ],
+}
+LIVER, LEFT = 1, 2  # places in the list above
+TRAINED = {"CT": ["left kidney", "liver"], "MR": ["right kidney"], "endoscopy": ["polyp"]}
+
+
+def write_table(folder: Path, table: object) -> Path:
+    path = folder / "classes.yaml"
+    path.write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    return Vocabulary.read(write_table(tmp_path, TABLE))
+
+
+@pytest.fixture(scope="module")
+def shipped(bundle_root):
+    return Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+
+
+def lab(colour: tuple[int, int, int]) -> np.ndarray:
+    """CIELAB (D65) of an sRGB colour, after CIE 15 and IEC 61966-2-1."""
+    value = np.array(colour) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    x, y, z = np.cbrt(np.array(matrix) @ linear / [0.95047, 1.0, 1.08883])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+# The shipped table
+
+
+def test_shipped_ids_keep_their_meaning(shipped):
+    assert dict(zip(shipped.ids, shipped.names, strict=True)) == {
+        1: "liver",
+        2: "spleen",
+        3: "pancreas",
+        4: "left kidney",
+        5: "right kidney",
+        6: "polyp",
+        7: "skin lesion",
+        8: "right lung",
+        9: "left lung",
+        10: "cardiomediastinum",
+        11: "right ventricle",
+        12: "myocardium",
+        13: "left ventricle",
+        14: "brain tumour",
+        15: "lung",
+    }
+
+
+def test_shipped_modalities(shipped):
+    assert shipped.modality_names == ("CT", "MR", "endoscopy", "dermoscopy", "xray")
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [("CT", "CT"), ("MR", "MR"), ("ES", "endoscopy"), ("DMS", "dermoscopy"), ("CR", "xray"), ("DX", "xray")],
+)
+def test_shipped_dicom_codes(shipped, code, name):
+    assert shipped.modality(code).name == name
+
+
+def test_shipped_partners_are_the_paired_organs(shipped):
+    pairs = {(entry.id, entry.partner) for entry in shipped.entries if entry.partner is not None}
+    assert pairs == {(4, 5), (5, 4), (8, 9), (9, 8)}
+
+
+def test_shipped_sides_are_not_mixed_up(shipped):
+    for entry in shipped.entries:
+        sides = {"left": {"left", "l", "lv", "sinister"}, "right": {"right", "r", "rv", "dexter"}}
+        for side, other in (("left", "right"), ("right", "left")):
+            words = {word for name in entry.synonyms for word in name.lower().split()}
+            assert side not in entry.name or not words & sides[other]
+
+
+def test_shipped_colours_are_distinct_and_not_grey(shipped):
+    colours = {entry.name: lab(entry.colour) for entry in shipped.entries}
+    for one, other in itertools.combinations(colours, 2):
+        assert np.linalg.norm(colours[one] - colours[other]) >= 40, (one, other)
+    for name, (_, green_red, blue_yellow) in colours.items():
+        assert np.hypot(green_red, blue_yellow) >= 40, name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "class_id"),
+    [
+        ("kidney_left", 4),
+        ("L. kidney", 4),
+        ("R kidney", 5),
+        ("hepar", 1),
+        ("lien", 2),
+        ("brain tumor", 14),
+        ("lungs", 15),
+    ],
+)
+def test_shipped_synonyms(shipped, prompt, class_id):
+    assert shipped.resolve(prompt).id == class_id
+
+
+# Looking up
+
+
+def test_rows_become_entries_in_id_order(vocabulary):
+    assert vocabulary.ids == (1, 4, 5, 6)
+    assert vocabulary.names == ("liver", "left kidney", "right kidney", "polyp")
+    assert vocabulary.entry(5) == ClassEntry(
+        id=5,
+        name="right kidney",
+        synonyms=("R kidney",),
+        modalities=("CT", "MR"),
+        region="abdomen",
+        partner=4,
+        colour=(0, 0, 255),
+    )
+    assert vocabulary.modalities[2] == Modality("endoscopy", "endoscopes", (), ("ES",))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["left kidney", "LEFT KIDNEY", "left_kidney", "Left-Kidney", " leftkidney ", "left.kidney", 4, "4", " 4 "]
+)
+def test_resolve_forgives_writing(vocabulary, prompt):
+    assert vocabulary.resolve(prompt).id == 4
+
+
+def test_resolve_finds_synonyms(vocabulary):
+    assert vocabulary.resolve("Hepar").name == "liver"
+
+
+@pytest.mark.parametrize("prompt", ["livr", "hepars"])
+def test_unknown_class_lists_the_known_and_the_nearest(vocabulary, prompt):
+    with pytest.raises(PromptError) as caught:
+        vocabulary.resolve(prompt)
+    assert str(caught.value) == (
+        f"Class '{prompt}' is unknown. Did you mean 'liver'? "
+        "Known classes: 1 liver, 4 left kidney, 5 right kidney, 6 polyp."
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "suggestion"),
+    [
+        ("kidney", "'left kidney' or 'right kidney'"),
+        ("right", "'right kidney' or 'right lung' or 'right ventricle'"),
+        ("left kidny", "'left kidney'"),
+        ("polip", "'polyp'"),
+        ("hepr", "'liver'"),
+    ],
+)
+def test_suggestions(shipped, prompt, suggestion):
+    with pytest.raises(PromptError, match=rf"^Class '{prompt}' is unknown\. Did you mean {suggestion}\? Known"):
+        shipped.resolve(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["", "zzz", "rig", "heart"])
+def test_nothing_is_suggested_for_what_is_far(shipped, prompt):
+    with pytest.raises(PromptError, match=f"^Class '{prompt}' is unknown. Known classes: 1 liver, "):
+        shipped.resolve(prompt)
+
+
+@pytest.mark.parametrize("prompt", [0, 7, "7", "0"])
+def test_unknown_id(vocabulary, prompt):
+    with pytest.raises(PromptError, match=rf"Class id {prompt} is unknown\. Known classes: 1 liver, 4 left"):
+        vocabulary.resolve(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["-1", "1.", "4.0", "1_", "²"])
+def test_numbers_that_are_no_ids_do_not_turn_into_one(vocabulary, prompt):
+    with pytest.raises(PromptError, match="is unknown"):
+        vocabulary.resolve(prompt)
+
+
+@pytest.mark.parametrize("prompt", [True, 1.0, None, ["liver"]])
+def test_resolve_refuses_other_types(vocabulary, prompt):
+    with pytest.raises(PromptError, match=r"asked for by name or id, but .* came"):
+        vocabulary.resolve(prompt)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("CT", "CT"), ("ct", "CT"), ("CAT-scan", "CT"), ("mri", "MR"), ("es", "endoscopy")]
+)
+def test_modality_by_name_synonym_and_code(vocabulary, text, name):
+    assert vocabulary.modality(text).name == name
+
+
+def test_unknown_modality_lists_the_choices(vocabulary):
+    with pytest.raises(PromptError, match=r"Modality 'US' is unknown\. Choose one of CT, MR, endoscopy\."):
+        vocabulary.modality("US")
+
+
+# Reading
+
+
+def broken(index: int, **fields: object) -> dict:
+    table = copy.deepcopy(TABLE)
+    table["classes"][index].update(fields)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("index", "fields", "message"),
+    [
+        (LIVER, {"id": 5}, r"class row 2 \('liver'\): id 5 is taken by another row"),
+        (LIVER, {"id": 0}, r"class row 2 \('liver'\): expected 'id' as a whole number of 1 or more, but 0 came"),
+        (LIVER, {"id": True}, "expected 'id' as a whole number of 1 or more, but True came"),
+        (LIVER, {"id": "1"}, "expected 'id' as a whole number of 1 or more, but '1' came"),
+        (LIVER, {"name": ""}, "class row 2: expected 'name' as a text, but '' came"),
+        (LIVER, {"name": "R-Kidney"}, r"class row 2 .*: the name 'R-Kidney' is taken already, by 'right kidney'"),
+        (LIVER, {"synonyms": ["Polyp"]}, r"class row 4 \('polyp'\): the name 'polyp' is taken already, by 'liver'"),
+        (LIVER, {"synonyms": ["LIVER"]}, r"class row 2 \('liver'\): the name 'LIVER' is taken already, by 'liver'"),
+        (LIVER, {"synonyms": ["4"]}, "'4' cannot be a name"),
+        (LIVER, {"synonyms": ["-"]}, "'-' cannot be a name"),
+        (LIVER, {"synonyms": "hepar"}, "expected 'synonyms' as a list of texts, but 'hepar' came"),
+        (LIVER, {"modalities": ["US"]}, r"\['US'\] are not in the table; choose from CT, MR, endoscopy"),
+        (LIVER, {"modalities": []}, r"modalities .* choose from CT, MR, endoscopy"),
+        (LIVER, {"region": None}, "expected 'region' as a text, but None came"),
+        (LIVER, {"colour": [1, 2]}, r"expected 'colour' as three whole numbers in 0..255, but \[1, 2\] came"),
+        (LIVER, {"colour": [1, 2, 256]}, "three whole numbers in 0..255"),
+        (LIVER, {"colour": [0, 255, 0]}, r"class row 3 \('left kidney'\): colour \[0, 255, 0\] is taken by 'liver'"),
+        (LIVER, {"color": [1, 2, 3]}, "class row 2: a row has the keys"),
+        (LIVER, {"partner": "liver"}, "class row 2 .*: partners must name each other"),
+        (LIVER, {"partner": "left kidney"}, "class row 2 .*: partners must name each other"),
+        (LIVER, {"partner": "gall bladder"}, "its partner 'gall bladder' is no class of this table"),
+    ],
+)
+def test_broken_class_rows_are_named(tmp_path, index, fields, message):
+    path = write_table(tmp_path, broken(index, **fields))
+    with pytest.raises(ConfigError, match=message) as caught:
+        Vocabulary.read(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_one_sided_partner_is_refused(tmp_path):
+    table = copy.deepcopy(TABLE)
+    del table["classes"][LEFT]["partner"]
+    with pytest.raises(ConfigError, match=r"class row 1 \('right kidney'\): partners must name each other"):
+        Vocabulary.read(write_table(tmp_path, table))
+
+
+@pytest.mark.parametrize(
+    ("modalities", "message"),
+    [
+        (
+            {"CT": {"description": "a", "dicom_codes": ["CT"]}, "MR": {"description": "b", "dicom_codes": ["ct"]}},
+            "'ct'",
+        ),
+        ({"CT": {"dicom_codes": ["CT"]}}, "modality 'CT': expected 'description' as a text, but None came"),
+        ({"CT": {"description": "a"}}, "modality 'CT': expected 'dicom_codes' as a list of texts, but None came"),
+        ({"CT": None}, "modality 'CT': a row has the keys"),
+        ({False: {"description": "a", "dicom_codes": []}}, "expected a name that is a text, but False came"),
+        ({}, "'modalities' must map each canonical name to its row"),
+        (["CT"], "'modalities' must map each canonical name to its row"),
+    ],
+)
+def test_broken_modalities_are_named(tmp_path, modalities, message):
+    with pytest.raises(ConfigError, match=message):
+        Vocabulary.read(write_table(tmp_path, {**TABLE, "modalities": modalities}))
+
+
+@pytest.mark.parametrize("table", [[], {"classes": []}, {**TABLE, "more": 1}])
+def test_table_without_its_two_keys(tmp_path, table):
+    with pytest.raises(ConfigError, match="must hold the two keys 'modalities' and 'classes'"):
+        Vocabulary.read(write_table(tmp_path, table))
+
+
+@pytest.mark.parametrize("classes", [[], {}, None])
+def test_table_without_classes(tmp_path, classes):
+    with pytest.raises(ConfigError, match="'classes' must be a list of rows"):
+        Vocabulary.read(write_table(tmp_path, {**TABLE, "classes": classes}))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml cannot be read: No such file"):
+        Vocabulary.read(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", [b"classes: [", b"\xff\xfe\x00"])
+def test_not_yaml(tmp_path, content):
+    path = tmp_path / "classes.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        Vocabulary.read(path)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"),
+    [
+        ("liver,spleen", ["liver", "spleen"]),
+        (" left kidney , 2,", ["left kidney", "2"]),
+        (["liver", 2], ["liver", 2]),
+        (("liver", "spleen"), ["liver", "spleen"]),
+        (["liver,spleen", 2], ["liver", "spleen", 2]),
+        (3, [3]),
+        ("3", ["3"]),
+        (None, None),
+        ("", None),
+        (" , ", None),
+        ([], None),
+    ],
+)
+def test_parse_prompts(value, prompts):
+    assert parse_prompts(value) == prompts
+
+
+@pytest.mark.parametrize("value", [2.5, True, {"liver": 1}, [None]])
+def test_what_is_no_prompt_is_refused_when_looked_up(vocabulary, value):
+    with pytest.raises(PromptError, match="asked for by name or id"):
+        choose_classes(vocabulary, prompts=parse_prompts(value), modality="CT", trained=TRAINED)
+
+
+@pytest.mark.parametrize("prompts", [None, []])
+@pytest.mark.parametrize(("modality", "ids"), [("CT", [1, 4]), ("mri", [5]), ("ES", [6])])
+def test_no_prompts_mean_the_classes_of_the_modality(vocabulary, prompts, modality, ids):
+    assert choose_classes(vocabulary, prompts=prompts, modality=modality, trained=TRAINED) == ids
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_unknown_modality_without_prompts_asks_in_one_line(vocabulary, force):
+    with pytest.raises(PromptError) as caught:
+        choose_classes(vocabulary, prompts=None, modality=None, trained=TRAINED, force=force)
+    assert str(caught.value) == (
+        "The image's modality is unknown and no class was asked for: give --modality, one of CT, MR, endoscopy."
+    )
+
+
+def test_a_model_of_one_modality_still_asks(vocabulary):
+    with pytest.raises(PromptError, match=r"give --modality, one of CT\."):
+        choose_classes(vocabulary, prompts=None, modality=None, trained={"CT": ["liver"], "MR": []})
+
+
+@pytest.mark.parametrize("trained", [{"CT": ["liver"]}, {"CT": ["liver"], "MR": []}])
+def test_modality_that_the_model_does_not_know(vocabulary, trained):
+    with pytest.raises(PromptError, match=r"was not trained on MR; it knows CT\. Correct --modality"):
+        choose_classes(vocabulary, prompts=None, modality="MR", trained=trained)
+
+
+def test_misspelt_modality_is_refused_even_with_force(vocabulary):
+    with pytest.raises(PromptError, match="Modality 'CTT' is unknown"):
+        choose_classes(vocabulary, prompts=["liver"], modality="CTT", trained=TRAINED, force=True)
+
+
+def test_prompts_keep_their_order_and_come_once(vocabulary):
+    prompts = ["Left_Kidney", 1, "hepar", "4"]
+    assert choose_classes(vocabulary, prompts=prompts, modality="CT", trained=TRAINED) == [4, 1]
+
+
+def test_class_of_another_modality_is_refused_with_what_is_known(vocabulary):
+    with pytest.raises(PromptError) as caught:
+        choose_classes(vocabulary, prompts=["liver", "polyp", 5], modality="CT", trained=TRAINED)
+    assert str(caught.value) == (
+        "This model was not trained for 'polyp', 'right kidney' in CT. "
+        "It knows CT: liver, left kidney; MR: right kidney; endoscopy: polyp. Choose among these, or add --force."
+    )
+
+
+def test_force_accepts_class_of_another_modality(vocabulary):
+    assert choose_classes(vocabulary, prompts=["polyp", 1], modality="CT", trained=TRAINED, force=True) == [6, 1]
+
+
+def test_unknown_modality_accepts_classes_of_any(vocabulary):
+    assert choose_classes(vocabulary, prompts=["polyp", "liver"], modality=None, trained=TRAINED) == [6, 1]
+
+
+def test_class_trained_nowhere_is_refused(vocabulary):
+    with pytest.raises(PromptError, match=r"was not trained for 'polyp' in any modality\. It knows CT: liver"):
+        choose_classes(vocabulary, prompts=["polyp"], modality=None, trained={"CT": ["liver"]})
+
+
+def test_model_that_knows_nothing(vocabulary):
+    with pytest.raises(PromptError, match="It knows no class"):
+        choose_classes(vocabulary, prompts=["polyp"], modality=None, trained={})
+
+
+@pytest.mark.parametrize("trained", [{"CT": ["gall bladder"]}, {"US": ["liver"]}])
+def test_record_that_does_not_fit_the_vocabulary_is_no_prompt_error(vocabulary, trained):
+    with pytest.raises(ConfigError, match=r"record of trained classes does not fit .*classes\.yaml: .* is unknown"):
+        choose_classes(vocabulary, prompts=["liver"], modality="CT", trained=trained)
