@@ -36,6 +36,7 @@ FIELD_OF_VIEW_MM = (335.0, 380.0)
 COVERAGE_MM = (148.0, 168.0)
 ANATOMY_MM = (-70.0, 62.0)  # lowest kidney pole and highest point of the liver, in anatomical z
 LOWEST_HU, HIGHEST_HU = -1024, 3071
+LARGEST_GROWTH_MM = np.float32(9)
 FAR_OUTSIDE = np.float32(-1e3)
 # Which way the file's axes run; a CT converted from DICOM usually comes as LPS.
 ORIENTATIONS = ("LPS", "LPS", "LAS", "RAS", "LPI")
@@ -182,11 +183,12 @@ def _soft_minimum(first: Field, second: Field, width: float) -> Field:
 
 
 def _fit_volume(scene: _Scene, depth: Field, room: Field, millilitres: float) -> Field:
-    """Grow or shrink `depth` evenly until its part inside `room` has the wanted volume."""
+    """Grow or shrink `depth` evenly until its part inside `room` has the wanted volume, or nearly so."""
     candidates = depth[room > 0]
     wanted = min(max(round(millilitres / scene.grid.voxel_ml), 1), candidates.size - 1)
     level = np.partition(candidates, candidates.size - wanted)[candidates.size - wanted]
-    return np.minimum(depth - level, room)
+    # An organ that finds little room stays smaller rather than flow around its neighbours.
+    return np.minimum(depth - max(level, -LARGEST_GROWTH_MM), room)
 
 
 def _largest_piece(depth: Field) -> Field:
@@ -244,25 +246,25 @@ def _make_scene(rng: np.random.Generator, size: int, slices: int) -> _Scene:
 
 def _diaphragm(scene: _Scene) -> Field:
     """Depth below the two domes of the diaphragm, the right one higher."""
-    right = 60 - 0.0052 * (scene.x - 52) ** 2 - 0.0058 * (scene.y - 8) ** 2
-    left = 53 - 0.0052 * (scene.x + 58) ** 2 - 0.0058 * (scene.y - 5) ** 2
+    right = 61 - 0.0043 * (scene.x - 52) ** 2 - 0.0046 * (scene.y - 8) ** 2
+    left = 53 - 0.0047 * (scene.x + 58) ** 2 - 0.0048 * (scene.y - 5) ** 2
     return (np.maximum(right, left) - scene.z) * np.float32(0.85)
 
 
 def _draw_table(scene: _Scene) -> None:
     """The curved table top, fixed to the scanner and not to the patient."""
     right, front = scene.grid.axes[0][:, None, None], scene.grid.axes[1][None, :, None]
-    height = np.float32(-127) + np.float32(0.0007) * right**2
+    height = np.float32(-130) + np.float32(0.0007) * right**2
     shell = np.float32(3.5) - np.abs(front - height) + 0 * scene.z
     scene.paint(shell, -60.0)
 
 
 def _draw_trunk(scene: _Scene) -> tuple[Field, Field]:
     """Skin, fat, muscle wall and ribs; returns the depth in the cavity and below the diaphragm."""
-    width, depth = scene.rng.uniform(145, 154), scene.rng.uniform(104, 112)
-    body = scene.column((0, -4), (width, depth))
-    wall = scene.column((0, 0), (width - scene.rng.uniform(10, 16), depth - scene.rng.uniform(8, 14)))
-    cavity = np.minimum(wall - np.float32(13), body - np.float32(20))
+    width, depth = scene.rng.uniform(150, 157), scene.rng.uniform(110, 117)
+    body = scene.column((0, -2), (width, depth))
+    wall = scene.column((0, 0), (width - scene.rng.uniform(8, 14), depth - scene.rng.uniform(8, 13)))
+    cavity = np.minimum(wall - np.float32(11), body - np.float32(19))
     scene.paint(body, 15.0)
     scene.paint(body - np.float32(2.5), -102 + 5 * scene.noise(25.0))
     scene.paint(wall, 52 + 10 * scene.noise(12.0))
@@ -276,7 +278,7 @@ def _draw_ribs(scene: _Scene, wall: Field) -> None:
     """Oblique bone bars inside the muscle wall, none below the costal margin."""
     phase = (scene.z - 0.45 * scene.y + scene.rng.uniform(0, 27)) * np.float32(2 * np.pi / 27)
     bar = (np.cos(phase) - np.float32(0.35)) * np.float32(6)
-    shell = np.float32(4.5) - np.abs(wall - np.float32(7))
+    shell = np.float32(4.5) - np.abs(wall - np.float32(6))
     costal = np.minimum(scene.z + 45 - 0.5 * scene.y, np.abs(scene.x) - 35)
     rib = np.minimum(np.minimum(bar, shell), costal)
     scene.paint(rib, 420.0)
@@ -326,7 +328,7 @@ def _draw_vessels(scene: _Scene) -> None:
 
 def _kidney_depth(scene: _Scene, side: int) -> Field:
     """A bean: an ellipsoid with its upper pole towards the spine and a hollow that faces it."""
-    centre = scene.vary((side * 63, -37, -12), 4.5)
+    centre = scene.vary((side * 64, -41, -12), 4.5)
     shape = scene.ellipsoid(centre, (27, 24, 52), (scene.rng.uniform(-12, -2), -side * scene.rng.uniform(4, 14), 0))
     hilum = scene.ellipsoid((centre[0] - side * 24, centre[1] + 9, centre[2]), (14, 9, 15))
     return _soft_minimum(shape, -hilum, 4.0) + np.float32(1.3) * scene.noise(22.0)
@@ -367,8 +369,8 @@ def _draw_pancreas(scene: _Scene, cavity: Field) -> None:
 
 def _draw_spleen(scene: _Scene, cavity: Field) -> None:
     """A crescent against the left rear wall, hollow towards the stomach."""
-    shape = scene.ellipsoid(scene.vary((-98, -22, 20), 5), (30, 54, 46), (12, 0, -14 + scene.rng.uniform(-6, 6)))
-    hollow = scene.ellipsoid((-54, 6, 22), (40, 42, 44))
+    shape = scene.ellipsoid(scene.vary((-101, -25, 20), 4.5), (30, 54, 46), (12, 0, -14 + scene.rng.uniform(-6, 6)))
+    hollow = scene.ellipsoid((-53, 6, 22), (40, 42, 44))
     depth = _soft_minimum(shape, -hollow, 8.0) + np.float32(2.0) * scene.noise(30.0)
     room = np.minimum(scene.free(3.0), cavity - np.float32(2))
     _draw_organ(scene, SPLEEN, _fit_volume(scene, depth, room, scene.rng.uniform(165, 300)), _parenchyma(scene, 122))
@@ -379,7 +381,7 @@ def _liver_depth(scene: _Scene, cavity: Field, below: Field) -> Field:
     tilt = scene.rng.uniform(-0.06, 0.06, 3)
     normal = np.asarray((0.60, 0.36, 0.72)) + tilt
     normal = (normal / np.linalg.norm(normal)).astype(np.float32)
-    visceral = normal[0] * (scene.x - 12) + normal[1] * scene.y + normal[2] * scene.z
+    visceral = normal[0] * (scene.x + 13) + normal[1] * scene.y + normal[2] * scene.z
     visceral += np.float32(5) * scene.noise(45.0)
     ends = _soft_minimum(scene.x + np.float32(50), scene.z + np.float32(60), 12.0)
     shape = _soft_minimum(_soft_minimum(visceral, ends, 14.0), cavity, 14.0)
@@ -394,7 +396,7 @@ def _draw_liver(scene: _Scene, cavity: Field, below: Field) -> None:
     depth = _liver_depth(scene, cavity, below)
     room = np.minimum(np.minimum(scene.free(2.0), cavity - np.float32(2)), below - np.float32(0.5))
     # The fat around pancreas and great vessels.
-    retroperitoneum = scene.ellipsoid((-4, -8, -12), (54, 36, 42), (0, 0, 10)) + np.float32(3) * scene.noise(22.0)
+    retroperitoneum = scene.ellipsoid((-8, -8, -12), (52, 35, 38), (0, 0, 10)) + np.float32(3) * scene.noise(22.0)
     room = np.minimum(_soft_minimum(room, -retroperitoneum, 6.0), scene.z + np.float32(63))
     depth = _fit_volume(scene, depth, room, scene.rng.uniform(1220, 1420))
     # Where two independent smooth fields vanish together runs a curve: that is a vein.
@@ -426,11 +428,11 @@ def _draw_stomach(scene: _Scene, cavity: Field, below: Field) -> None:
 def _draw_bowel(scene: _Scene, cavity: Field) -> None:
     """Colon and loops of small bowel: what the network has to tell from the organs."""
     rng = scene.rng
-    path = [(104, 0, -80), (98, 14, -48), (58, 55, -36), (0, 66, -34), (-62, 52, -22), (-103, 10, -12)]
-    colon = scene.tube([scene.vary(point, 4) for point in (*path, (-108, -18, -80))], (17, 17, 14, 14, 14, 13, 13))
+    path = [(104, 0, -130), (98, 14, -48), (58, 55, -36), (0, 66, -34), (-62, 52, -22), (-103, 10, -12)]
+    colon = scene.tube([scene.vary(point, 4) for point in (*path, (-108, -18, -130))], (17, 17, 14, 14, 14, 13, 13))
     haustra = 3 * np.cos((scene.x + scene.y + scene.z) * np.float32(2 * np.pi / 26))
     _draw_hollow(scene, np.minimum(colon + haustra, cavity), rng.uniform(52, 66), rng.uniform(-20, 40))
-    region = scene.ellipsoid((-10, 25, -52), (92, 50, 42))
+    region = scene.ellipsoid((-10, 25, -74), (92, 52, 64))
     loops = (scene.noise(17.0) + np.float32(0.55)) * np.float32(11)
     _draw_hollow(scene, np.minimum(np.minimum(loops, region), cavity), rng.uniform(50, 70), rng.uniform(25, 55))
 

@@ -5,6 +5,7 @@ for pictures (ITK 5.4 reads a grey PNG with alpha as zeros, a palette TIFF as wr
 Of a file's metadata only geometry, modality and the file's base name are kept, so no patient-identifying tag gets in.
 """
 
+import logging
 import os
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -36,14 +37,16 @@ KNOWN_SUFFIXES = NIFTI_SUFFIXES + VOLUME_SUFFIXES + DICOM_SUFFIXES + PICTURE_SUF
 # Voxel files that a header file of the same stem points to; they are no inputs of their own.
 _DETACHED_VOXELS = {".raw": (".mhd", ".nhdr"), ".zraw": (".mhd",), ".raw.gz": (".nhdr",), ".img": (".hdr",)}
 
-# What DICOM (0008,0060) and MetaImage headers call the modalities that this bundle knows.
-# https://dicom.nema.org/medical/dicom/current/output/chtml/part16/sect_CID_29.html
+# What DICOM (0008,0060) and MetaImage headers call the modalities that this bundle knows. A test keeps the DICOM codes
+# equal to those of configs/classes.yaml. Any other text of that entry stays out.
 _MODALITY_TAG = "0008|0060"
 _MODALITY_NAMES = {
     "CT": "CT",
     "MR": "MR",
     "CR": "xray",
     "DX": "xray",
+    "RG": "xray",
+    "RF": "xray",
     "ES": "endoscopy",
     "DMS": "dermoscopy",
     "MET_MOD_CT": "CT",
@@ -72,6 +75,8 @@ _READER_ERRORS = (
     HeaderDataError,
     Image.DecompressionBombError,
 )
+
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Sequence[PathLike]
@@ -118,6 +123,15 @@ class _Grid:
         return self.picture or self.stacked or self.voxels.shape[3] == 1
 
 
+class _PictureReader(PILReader):
+    """PILReader whose array can be written to; Pillow lends its own memory."""
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        """Return a copy of the pixels, and the metadata."""
+        pixels, meta = super().get_data(img)
+        return np.array(pixels), meta
+
+
 class _SeriesReader(ITKReader):
     """Reads a list of DICOM files as one volume, where ITKReader would make a channel of each."""
 
@@ -154,6 +168,25 @@ def find_inputs(path: PathLike) -> InputList:
     if not _suffix(path) and not _is_dicom(path):
         raise InputError(f"{_name(path)}: unknown kind of file; expected {_expected_kinds()}")
     return InputList([InputFile(_stem(path), path)])
+
+
+def list_cases(path: PathLike, *, modality: str | None = None) -> list[dict[str, Any]]:
+    """List the inputs under a path as cases of a data set; what is left out is named in the log.
+
+    Args:
+        path: a file or a folder, see ``find_inputs``.
+        modality: of all of them; None leaves it to the files' metadata.
+
+    Returns:
+        ``{"case": name, "image": path or paths, "modality": modality}`` each.
+
+    Raises:
+        InputError: see ``find_inputs``.
+    """
+    inputs = find_inputs(path)
+    if inputs.skipped:
+        logger.warning("left out: %s", ", ".join(inputs.skipped))
+    return [{"case": item.name, "image": item.image, "modality": modality} for item in inputs]
 
 
 def _find_in_folder(folder: str) -> InputList:
@@ -330,7 +363,7 @@ def _read_file(path: str, *, indexed: bool = False) -> _Grid:
 
 def _read_picture(path: str, *, indexed: bool) -> _Grid:
     """Read a PNG, JPEG, TIFF or BMP file as ``(C, X, Y, 1)``."""
-    image = _load(path, PILReader(converter=_plain_index if indexed else _plain_colour))
+    image = _load(path, _PictureReader(converter=_plain_index if indexed else _plain_colour))
     return _Grid(_channel_first(image, path, channel_last=image.ndim == 3), _PICTURE_AFFINE, picture=True)
 
 
@@ -375,9 +408,11 @@ def _read_nifti(path: str) -> _Grid:
 def _read_with_itk(files: list[str]) -> _Grid:
     """Read a volume file, a DICOM file, or the files of a DICOM series."""
     channels, alpha, modality = _itk_header(files[0])
+    if channels not in (1, 3) and not alpha:  # ITK is slow to refuse what it has no pixel type for
+        raise _wrong_channels(_name(files[0]), channels)
     image = _load(files, _SeriesReader())
     voxels = _channel_first(image, files[0], channel_last=channels > 1)
-    voxels = voxels[:-1] if alpha else voxels
+    voxels = voxels[:-1] if alpha else voxels  # the last component is alpha
     return _Grid(voxels, to_affine_nd(3, image.affine.numpy()), picture=False, modality=modality)
 
 
@@ -424,7 +459,9 @@ def _channel_first(image: torch.Tensor, path: str, *, channel_last: bool) -> tor
         )
     if voxels.numel() == 0:
         raise InputError(f"{_name(path)}: expected at least one voxel along every axis, got the shape {shape}")
-    return voxels.reshape(-1, *(*shape, 1)[:3])  # (C, X, Y[, Z[, 1...]]) -> (C, X, Y, Z)
+    voxels = voxels.reshape(-1, *(*shape, 1)[:3])  # (C, X, Y[, Z[, 1...]]) -> (C, X, Y, Z)
+    # Readers hand out their own memory in Fortran order; the rest of the way is faster in C order.
+    return voxels.clone(memory_format=torch.contiguous_format)
 
 
 def _stack(parts: Sequence[_Grid], files: Sequence[str]) -> _Grid:
@@ -442,7 +479,12 @@ def _stack(parts: Sequence[_Grid], files: Sequence[str]) -> _Grid:
 def _check_channels(grid: _Grid, name: str) -> None:
     """Refuse images that are neither grey nor RGB."""
     if len(grid.voxels) not in (1, 3):
-        raise InputError(f"{name}: expected 1 channel (grey) or 3 (RGB), got {len(grid.voxels)}")
+        raise _wrong_channels(name, len(grid.voxels))
+
+
+def _wrong_channels(name: str, count: int) -> InputError:
+    """Say how many channels an image may have."""
+    return InputError(f"{name}: expected 1 channel (grey) or 3 (RGB), got {count}; save the one to segment on its own")
 
 
 def _only_series(folder: str) -> list[str]:
@@ -614,7 +656,7 @@ def _foreground(voxels: torch.Tensor) -> torch.Tensor:
 def _one_channel(grid: _Grid, name: str) -> _Grid:
     """Reduce a grey label that was saved as RGB to ``(1, X, Y, Z)``."""
     first = grid.voxels[:1]
-    if not torch.equal(first.expand_as(grid.voxels), grid.voxels):
+    if len(grid.voxels) > 1 and not torch.equal(first.expand_as(grid.voxels), grid.voxels):
         raise InputError(f"{name}: expected a label of one channel, got a colour image of {len(grid.voxels)} channels")
     return replace(grid, voxels=first)
 

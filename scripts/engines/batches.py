@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from monai.data import list_data_collate
 from monai.engines import PrepareBatch
 
 from scripts.errors import ConfigError
@@ -78,7 +77,7 @@ class PreparePromptBatch(PrepareBatch):
 
 
 class PrepareCase(PrepareBatch):
-    """Make the inferer's arguments of a batch that is one whole case.
+    """Make the inferer's arguments of a batch that is one whole case, without a batch axis.
 
     Args:
         class_ids: the K classes of the answer's channels; None takes those that the case itself asks for.
@@ -100,31 +99,28 @@ class PrepareCase(PrepareBatch):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[()], dict[str, Any]]:
         """Return the image (1, C, H, W, D), its label if any, and which classes to ask for where."""
-        image, label = batchdata["image"], batchdata.get("label")
-        arguments: dict[str, Any] = {"case": batchdata["case"][0]}
+        image, label = torch.as_tensor(batchdata["image"]), batchdata.get("label")
+        arguments: dict[str, Any] = {"case": batchdata["case"]}
         if self.class_ids is None:
-            arguments["class_ids"] = batchdata["class_ids"][0]
+            arguments["class_ids"] = batchdata["class_ids"]
         else:
             arguments["class_ids"] = self.class_ids
             arguments["presence"] = self._questions(batchdata)
         move = {"device": device, "non_blocking": non_blocking}
-        return image.to(**move, **kwargs), None if label is None else label.to(**move), (), arguments
+        label = None if label is None else torch.as_tensor(label).unsqueeze(0).to(**move)
+        return image.unsqueeze(0).to(**move, **kwargs), label, (), arguments
 
     def _questions(self, batchdata: Mapping[str, Any]) -> torch.Tensor:
         """Decide which class to ask for in which slice, (1, K, D) bool."""
-        annotated = torch.tensor([class_id in batchdata["annotated"][0] for class_id in self.class_ids or ()])
+        annotated = torch.tensor([class_id in batchdata["annotated"] for class_id in self.class_ids or ()])
         questions = annotated.reshape(1, -1, 1).expand(1, -1, batchdata["image"].shape[-1])
         if self.presence == "all":
             return questions
-        found = torch.as_tensor(batchdata["label"]).flatten(2, 3).any(dim=2)  # (1, K, H, W, D) -> (1, K, D)
-        return questions & found
+        found = torch.as_tensor(batchdata["label"]).flatten(1, 2).any(dim=1)  # (K, H, W, D) -> (K, D)
+        return questions & found.unsqueeze(0)
 
 
-def collate_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make a batch of one case: tensors get a batch axis, everything else becomes a list.
-
-    MONAI's collation refuses None, which a case's metadata may hold, and would turn class ids into tensors.
-    """
-    tensors = [{name: value for name, value in case.items() if isinstance(value, torch.Tensor)} for case in cases]
-    others = {name: [case[name] for case in cases] for name in cases[0] if name not in tensors[0]}
-    return {**(list_data_collate(tensors) if tensors[0] else {}), **others}
+def only_case(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collate a batch of one: the case as it is, see `CaseEvaluator`."""
+    (case,) = cases
+    return case

@@ -1,11 +1,13 @@
-"""MONAI's evaluator, made to outlive a case that cannot be used."""
+"""MONAI's evaluator for whole cases, which outlives one that cannot be used."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from ignite.engine import Engine
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
 
 from scripts.errors import AutoMedSAMError, InputError
 
@@ -34,8 +36,11 @@ def intended_error(error: BaseException | None) -> AutoMedSAMError | None:
     return error
 
 
-class TolerantEvaluator(SupervisedEvaluator):
+class CaseEvaluator(SupervisedEvaluator):
     """Evaluate case by case; a case that fails is reported at the end and does not stop the others.
+
+    A batch is one case, as the transforms left it, without a batch axis: MONAI's collation refuses None, and its
+    decollation takes lists apart, both of which a case's entries may be.
 
     Attributes:
         failures: case name -> reason.
@@ -45,14 +50,21 @@ class TolerantEvaluator(SupervisedEvaluator):
         self.failures: dict[str, str] = {}
         super().__init__(*args, **kwargs)
 
-    def _iteration(self, engine: SupervisedEvaluator, batchdata: Mapping[str, Any]) -> dict:
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
         """Segment one case, or write down why it cannot be."""
         if FAILURE not in batchdata:
             return super()._iteration(engine, batchdata)
-        case, reason = str(batchdata["case"][0]), str(batchdata[FAILURE][0])
-        self.failures[case] = reason
-        logger.error("%s", reason)
+        self.failures[batchdata["case"]] = batchdata[FAILURE]
+        logger.error("%s", batchdata[FAILURE])
         return {}
+
+    def _register_decollate(self) -> None:
+        """Hand the case and its output to postprocessing and metrics as lists of one."""
+
+        @self.on(IterationEvents.MODEL_COMPLETED)
+        def take_apart(engine: Engine) -> None:
+            output = {name: value[0] for name, value in engine.state.output.items() if value is not None}
+            engine.state.batch, engine.state.output = [engine.state.batch], [output]
 
     def raise_failures(self) -> None:
         """End with an error that names the cases which failed, where there are any.

@@ -1,6 +1,7 @@
 """Ignite handlers of a training run: the joint loss and its weights, what stops a run, and what a run leaves behind."""
 
 import csv
+import io
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -79,31 +80,34 @@ class JointLossHandler:
         self.log = CsvLog(Path(output_dir) / "losses.csv", counter="iteration")
         self.tensorboard = tensorboard
         self.writer: SummaryWriter | None = None
+        self.opened = False
         self.sums: dict[str, float] = {}
 
     def attach(self, engine: SupervisedTrainer) -> None:
-        """Join the trainer's events and its optimizer."""
-        known = {id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]}
-        own = [parameter for parameter in self.loss.parameters() if id(parameter) not in known]
-        if own:
-            engine.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
-        engine.add_event_handler(Events.STARTED, self.start)
+        """Take part in every iteration. List this handler before `ResumeFrom`, which needs the optimizer complete."""
+        engine.add_event_handler(Events.STARTED, self.join_optimizer)
         engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.synchronise)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.summarise)
         engine.add_event_handler(Events.COMPLETED, self.close)
 
-    def start(self, engine: Engine) -> None:
-        """Open the log after the iteration from which the run goes on."""
-        if idist.get_rank() == 0:
-            self.log.start(after=engine.state.iteration)
-            if self.tensorboard:
-                self.writer = SummaryWriter(self.log.path.parent, purge_step=engine.state.iteration + 1)
+    def join_optimizer(self, engine: SupervisedTrainer) -> None:
+        """Let the optimizer learn the weights too, and open the log anew at the first epoch."""
+        known = {id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]}
+        own = [parameter for parameter in self.loss.parameters() if id(parameter) not in known]
+        if own:
+            engine.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        self.opened = False
 
     def start_epoch(self, engine: Engine) -> None:
-        """Begin new means."""
+        """Begin new means; at the first epoch open the log after the iteration from which the run goes on."""
         self.sums = {}
+        if not self.opened and idist.get_rank() == 0:
+            self.log.start(after=engine.state.iteration)
+            if self.tensorboard:
+                self.writer = SummaryWriter(str(self.log.path.parent), purge_step=engine.state.iteration + 1)
+        self.opened = True
 
     def synchronise(self, engine: Engine) -> None:
         """Average the gradients of the weights over the processes."""
@@ -294,8 +298,10 @@ class SaveLast:
             return
         states = {name: item.state_dict() for name, item in {**self.objects, "trainer": engine}.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()  # torch.save reports a full disk as RuntimeError; writing bytes as OSError
+        torch.save(states, content)
         with atomic_path(self.path) as temporary:
-            torch.save(states, temporary)
+            temporary.write_bytes(content.getbuffer())
 
 
 class ResumeFrom:

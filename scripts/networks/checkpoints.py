@@ -146,8 +146,9 @@ def load_sam_weights(network: nn.Module, path: str | Path) -> None:
     """
     parts = {name: _part(network, name) for name in PUBLISHED_PARTS}
     expected = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    found = _fit_positions(read_state_dict(path), expected)
-    _require_match(expected, found, path)
+    read = read_state_dict(path)
+    found = _fit_positions(read, expected)
+    _require_match(expected, found, path, described=describe_weights(read))
     for name, part in parts.items():
         part.load_state_dict(_below(found, f"{name}."))
 
@@ -163,8 +164,22 @@ def load_network_weights(network: nn.Module, path: str | Path) -> None:
         CheckpointError: the file cannot be read, or does not fit name by name and shape by shape.
     """
     found = read_state_dict(path)
-    _require_match(network.state_dict(), found, path)
+    _require_match(network.state_dict(), found, path, described=describe_weights(found))
     network.load_state_dict(found)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a weights file of either kind: a published SAM-like one, or a whole model of this bundle.
+
+    Args:
+        network: an `AutoMedSAM`.
+        path: the file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or of another architecture.
+    """
+    whole = any(name.startswith("class_prompt_encoder.") for name in read_state_dict(path))
+    (load_network_weights if whole else load_sam_weights)(network, path)
 
 
 def load_class_prompt_encoder(network: nn.Module, path: str | Path) -> None:
@@ -187,7 +202,7 @@ def load_class_prompt_encoder(network: nn.Module, path: str | Path) -> None:
             f"{path} holds no class prompt encoder: expected names that begin with "
             f"{' or '.join(CLASS_PROMPT_PREFIXES)}, found {_listed(state)} ({describe_weights(state)})"
         )
-    _require_match(encoder.state_dict(), found, path)
+    _require_match(encoder.state_dict(), found, path, described=describe_weights(state))
     encoder.load_state_dict(found)
 
 
@@ -257,8 +272,9 @@ def _describe_image_encoder(state: Mapping[str, Tensor]) -> str:
     """Recognise the image encoder by the entries in which the known ones differ."""
     position = state.get(POSITION_TABLE)
     if position is not None and position.ndim == 4:
-        variant = {768: "B", 1024: "L", 1280: "H"}.get(position.shape[3], "of another width")
-        return f"SAM's or MedSAM's ViT-{variant} for {16 * position.shape[1]} pixels"
+        width, pixels = position.shape[3], 16 * position.shape[1]
+        variant = {768: "SAM's or MedSAM's ViT-B", 1024: "SAM's ViT-L", 1280: "SAM's ViT-H"}
+        return f"{variant.get(width, f'a ViT of width {width}')} for {pixels} pixels"
     patch = state.get("image_encoder.patch_embed.seq.0.c.weight")
     if patch is not None:
         return "LiteMedSAM's TinyViT" if patch.shape[-1] == 1 else "MobileSAM's TinyViT"
@@ -395,10 +411,15 @@ def _fit_positions(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> 
         return found
     side, wanted = source.shape[1], target.shape[1]
     fitted = {**found, POSITION_TABLE: resize_positions(source, wanted)}
-    for name, table in found.items():
-        if name.endswith(RELATIVE_TABLES) and table.ndim == 2 and len(table) == 2 * side - 1:
-            fitted[name] = resize_relative_positions(table, wanted)
+    for name in found.keys() & expected.keys():
+        if name.endswith(RELATIVE_TABLES) and _spans(found[name], side) and _spans(expected[name], wanted):
+            fitted[name] = resize_relative_positions(found[name], wanted)
     return fitted
+
+
+def _spans(table: Tensor, side: int) -> bool:
+    """Say whether a table of relative positions `(2 * side - 1, channels)` spans a grid of that side."""
+    return table.ndim == 2 and len(table) == 2 * side - 1
 
 
 def _is_larger_grid(source: Tensor, target: Tensor) -> bool:
@@ -408,8 +429,10 @@ def _is_larger_grid(source: Tensor, target: Tensor) -> bool:
     return source.shape[3] == target.shape[3] and source.shape[1] > target.shape[1]
 
 
-def _require_match(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> None:
-    """Compare names and shapes, and say all differences at once."""
+def _require_match(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path, *, described: str
+) -> None:
+    """Compare names and shapes, and say all differences at once; `described` is what the whole file looks like."""
     missing = [f"{name} {_shape(expected[name])}" for name in expected if name not in found]
     unexpected = [f"{name} {_shape(found[name])}" for name in found if name not in expected]
     unlike = [
@@ -421,7 +444,7 @@ def _require_match(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
     differences = "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names)
     if differences:
         raise CheckpointError(
-            f"{path} looks like {describe_weights(found)} and does not fit this network, which looks like "
+            f"{path} looks like {described} and does not fit what it is loaded into, which looks like "
             f"{describe_weights(expected)}: {differences}. Choose weights for this network, or build the network "
             "that these weights are for"
         )

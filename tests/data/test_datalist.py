@@ -310,6 +310,7 @@ def test_broken_label_map(folder, vocabulary, label_map, message):
         ({"image": ""}, "'image' must name files, but '' came"),
         ({"image": [1]}, "'image' must name files, but 1 came"),
         ({"image": []}, "'image' must be a file or a list of files, but [] came"),
+        ({"image": {"a.nii.gz": 1}}, "'image' must be a file or a list of files, but {{'a.nii.gz': 1}} came"),
         ({"image": None}, "'image' must be a file or a list of files, but None came"),
         ({"label": None}, "'label' must be a file or a list of files, but None came"),
         ({"label": {}}, "'label' is empty"),

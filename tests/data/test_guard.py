@@ -141,5 +141,5 @@ def test_transform_names_the_case_or_the_file():
         Guardd()({"image": constant, "case": "case_7"})
     with pytest.raises(InputError, match=r"scan\.nii\.gz: "):
         Guardd()({"image": constant})
-    with pytest.raises(InputError, match="image: .*affine"):
+    with pytest.raises(InputError, match=r"image: .*affine"):
         Guardd()({"image": _image().as_tensor()})

@@ -16,7 +16,7 @@ from scripts.errors import ConfigError, OutputError
 
 LIVER, SPLEEN, PANCREAS, LEFT_KIDNEY, RIGHT_KIDNEY = range(1, 6)
 CASES = 8
-VOLUMES_ML = {LIVER: (1150, 1600), SPLEEN: (150, 350), PANCREAS: (60, 110), LEFT_KIDNEY: (130, 200)}
+VOLUMES_ML = {LIVER: (1100, 1600), SPLEEN: (150, 350), PANCREAS: (60, 110), LEFT_KIDNEY: (130, 200)}
 VOLUMES_ML[RIGHT_KIDNEY] = VOLUMES_ML[LEFT_KIDNEY]
 MEANS_HU = {LIVER: (100, 122), SPLEEN: (108, 132), PANCREAS: (80, 110), LEFT_KIDNEY: (145, 195)}
 MEANS_HU[RIGHT_KIDNEY] = MEANS_HU[LEFT_KIDNEY]
@@ -34,7 +34,7 @@ def patient_points(case: Phantom, mask: np.ndarray) -> np.ndarray:
 
 
 def body_centre(case: Phantom) -> np.ndarray:
-    return patient_points(case, case.hu > -300).mean(axis=0)
+    return nibabel.affines.apply_affine(case.affine, np.argwhere(case.hu > -300).mean(axis=0))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -153,6 +153,7 @@ def test_shipped_synonyms(shipped, prompt, class_id):
 
 def test_rows_become_entries_in_id_order(vocabulary):
     assert vocabulary.ids == (1, 4, 5, 6)
+    assert isinstance(vocabulary.entries, tuple)
     assert vocabulary.names == ("liver", "left kidney", "right kidney", "polyp")
     assert vocabulary.entry(5) == ClassEntry(
         id=5,
@@ -261,10 +262,14 @@ def broken(index: int, **fields: object) -> dict:
         (LIVER, {"synonyms": ["4"]}, "'4' cannot be a name"),
         (LIVER, {"synonyms": ["-"]}, "'-' cannot be a name"),
         (LIVER, {"synonyms": "hepar"}, "expected 'synonyms' as a list of texts, but 'hepar' came"),
+        (LIVER, {"synonyms": [7]}, r"expected 'synonyms' as a list of texts, but \[7\] came"),
         (LIVER, {"modalities": ["US"]}, r"\['US'\] are not in the table; choose from CT, MR, endoscopy"),
         (LIVER, {"modalities": []}, r"modalities .* choose from CT, MR, endoscopy"),
         (LIVER, {"region": None}, "expected 'region' as a text, but None came"),
         (LIVER, {"colour": [1, 2]}, r"expected 'colour' as three whole numbers in 0..255, but \[1, 2\] came"),
+        (LIVER, {"colour": "red"}, "three whole numbers in 0..255, but 'red' came"),
+        (LIVER, {"colour": None}, "three whole numbers in 0..255, but None came"),
+        (LIVER, {"colour": [1, 2, 3.0]}, "three whole numbers in 0..255"),
         (LIVER, {"colour": [1, 2, 256]}, "three whole numbers in 0..255"),
         (LIVER, {"colour": [0, 255, 0]}, r"class row 3 \('left kidney'\): colour \[0, 255, 0\] is taken by 'liver'"),
         (LIVER, {"color": [1, 2, 3]}, "class row 2: a row has the keys"),
@@ -307,13 +312,13 @@ def test_broken_modalities_are_named(tmp_path, modalities, message):
         Vocabulary.read(write_table(tmp_path, {**TABLE, "modalities": modalities}))
 
 
-@pytest.mark.parametrize("table", [[], {"classes": []}, {**TABLE, "more": 1}])
+@pytest.mark.parametrize("table", [[], ["modalities", "classes"], None, 3, {"classes": []}, {**TABLE, "more": 1}])
 def test_table_without_its_two_keys(tmp_path, table):
     with pytest.raises(ConfigError, match="must hold the two keys 'modalities' and 'classes'"):
         Vocabulary.read(write_table(tmp_path, table))
 
 
-@pytest.mark.parametrize("classes", [[], {}, None])
+@pytest.mark.parametrize("classes", [[], {}, None, {"id": 1}])
 def test_table_without_classes(tmp_path, classes):
     with pytest.raises(ConfigError, match="'classes' must be a list of rows"):
         Vocabulary.read(write_table(tmp_path, {**TABLE, "classes": classes}))
@@ -420,6 +425,8 @@ def test_class_trained_nowhere_is_refused(vocabulary):
 
 
 def test_model_that_knows_nothing(vocabulary):
+    with pytest.raises(PromptError, match=r"give --modality, one of none\."):
+        choose_classes(vocabulary, prompts=None, modality=None, trained={})
     with pytest.raises(PromptError, match="It knows no class"):
         choose_classes(vocabulary, prompts=["polyp"], modality=None, trained={})
 

@@ -226,7 +226,7 @@ def test_probabilities_of_a_stack_are_volumes(tmp_path):
 
 def test_probabilities_of_an_image_are_bytes_in_rows_and_columns(tmp_path):
     probabilities = np.zeros((1, 7, 5, 1), np.float32)
-    probabilities[0, :6, 1, 0] = [1.0, 0.5, np.nextafter(np.float32(0.5), np.float32(0)), 0.2, 1.0000001, -1e-7]
+    probabilities[0, :6, 1, 0] = [1.0, 0.5, np.nextafter(np.float32(0.5), np.float32(0)), 0.2, 1.01, -0.01]
     (path,) = write_probabilities(probabilities, ["skin lesion"], tmp_path, planar=True)
     assert file_names(tmp_path) == ["case_prob_skin_lesion.png"]
     with Image.open(path) as picture:

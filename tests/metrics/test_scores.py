@@ -288,12 +288,12 @@ def test_summary_averages_cases_then_classes() -> None:
         class_score("a", 1, "liver", 0.9, 0.8),
         class_score("b", 1, "liver", 0.7, 0.4, false_positive_slices=2),
         class_score("c", 1, "liver", math.nan, math.nan, false_positive_slices=6),
-        class_score("c", 9, "left lung", math.nan, math.nan),
+        class_score("c", 8, "right lung", math.nan, math.nan),
     ]
     summary = summarise(scores, protocol="all", unit="mm")
     liver, kidney, lung = summary.classes
-    assert [entry.class_name for entry in summary.classes] == ["liver", "left kidney", "left lung"]
-    assert [entry.class_id for entry in summary.classes] == [1, 4, 9]
+    assert [entry.class_name for entry in summary.classes] == ["liver", "left kidney", "right lung"]
+    assert [entry.class_id for entry in summary.classes] == [1, 4, 8]
     assert (liver.dsc, liver.nsd) == (pytest.approx(0.8), pytest.approx(0.6))
     assert (liver.cases, liver.cases_without, liver.absent_slices, liver.false_positive_slices) == (2, 1, 18, 9)
     assert liver.false_positive_rate == pytest.approx(0.5)
@@ -301,7 +301,7 @@ def test_summary_averages_cases_then_classes() -> None:
     assert math.isnan(lung.dsc)
     assert math.isnan(lung.nsd)
     assert (lung.cases, lung.cases_without) == (0, 1)
-    # Unweighted over liver and left kidney: neither by cases (0.6) nor with the left lung, which does not occur.
+    # Unweighted over liver and left kidney: neither by cases (0.6) nor with the right lung, which does not occur.
     assert (summary.dsc, summary.nsd) == (pytest.approx(0.5), pytest.approx(0.35))
     assert (summary.protocol, summary.unit, summary.tolerance) == ("all", "mm", 2.0)
 

@@ -37,7 +37,9 @@ def test_every_encoder_keeps_the_contract_at_a_small_size(name):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="compact, lite_medsam, mobile_sam, sam_vit_b, sam_vit_l, sam_vit_h, not 'vit'"):
+    with pytest.raises(
+        ConfigError, match="compact, lite_medsam, mobile_sam, sam_vit_b, sam_vit_l, sam_vit_h, not 'vit'"
+    ):
         build_image_encoder("vit")
 
 
