@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
+from monai.utils import convert_to_numpy, convert_to_tensor
 
 from scripts.data.vocabulary import ClassEntry, Vocabulary
 from scripts.data.writing import (
@@ -31,7 +32,7 @@ class LogitsToMasksd(MapTransform):
         """Give a copy of `data` with bool masks of the same shape."""
         result = dict(data)
         for key in self.key_iterator(result):
-            result[key] = torch.as_tensor(result[key]) > 0  # the logit of 0.5
+            result[key] = convert_to_tensor(result[key], track_meta=False) > 0  # the logit of 0.5
         return result
 
 
@@ -55,7 +56,7 @@ class LogitsToLabelMapd(MapTransform):
         """Give a copy of `data` with label map and probabilities."""
         result = dict(data)
         for key in self.key_iterator(result):
-            probability = torch.sigmoid(torch.as_tensor(result[key]).float())
+            probability = torch.sigmoid(convert_to_tensor(result[key], track_meta=False).float())
             highest, winner = probability.max(dim=0, keepdim=True)  # (1, H, W, D)
             ids = torch.tensor(result[self.classes_key], dtype=torch.uint8, device=winner.device)
             result[key] = torch.where(highest > THRESHOLD, ids[winner], torch.zeros_like(ids[0]))
@@ -78,9 +79,9 @@ class DrawOverlayd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the picture; `data` passes unchanged."""
         folder = prepare_output_folder(self.output_dir)
-        labels = torch.as_tensor(data["pred"])[0].cpu().numpy()
+        labels = convert_to_numpy(data["pred"])[0]
         overlay_picture(
-            torch.as_tensor(data["image"]).cpu().numpy(),
+            convert_to_numpy(data["image"]),
             np.stack([labels == class_id for class_id in data["class_ids"]]),
             classes=[self.vocabulary.entry(class_id) for class_id in data["class_ids"]],
             path=folder / f"{data['case']}_overlay.png",
@@ -121,10 +122,11 @@ class SaveImageSegmentationd(Transform):
             "affine": np.asarray(meta["original_affine"], dtype=float),
             "planar": bool(meta["planar"]),
         }
-        path = write_label_map(torch.as_tensor(data["pred"])[0].cpu().numpy().astype(np.uint8), **place)
+        path = write_label_map(convert_to_numpy(data["pred"])[0].astype(np.uint8), **place)
         if self.probability_maps:
-            maps = torch.as_tensor(data["probability"]).cpu().numpy()
-            write_probability_maps(maps, class_names=[entry.name for entry in classes], **place)
+            write_probability_maps(
+                convert_to_numpy(data["probability"]), class_names=[entry.name for entry in classes], **place
+            )
         self.written |= {entry.id: entry for entry in classes}
         write_labels_json(self.written.values(), folder)
         write_colour_table(self.written.values(), folder)

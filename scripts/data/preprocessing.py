@@ -72,8 +72,7 @@ def _scale_mr(values: torch.Tensor) -> torch.Tensor:
     if positive.numel() == 0:
         raise InputError(f"expected an MR image with voxels above 0, got a maximum of {values.max().item():g}")
     low, high = torch.as_tensor(percentile(positive, _MR_PERCENTILES))
-    scaled = _stretch(values.clamp(low, high))
-    return scaled.masked_fill_(values == 0, 0.0)
+    return _stretch(values.clamp(low, high))  # low is above 0, so what was 0 is the minimum and 0 again
 
 
 def _scale_picture(values: torch.Tensor) -> torch.Tensor:

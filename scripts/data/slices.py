@@ -1,7 +1,7 @@
 """Training samples: one slice and the classes asked for in it.
 
-A sample depends on (seed, epoch, index) alone. So a resumed run sees what an uninterrupted one would have seen, with any
-number of workers and of processes.
+A sample depends on (seed, epoch, index) alone. So a resumed run sees what an uninterrupted one would have seen, with
+any number of workers and of processes.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import CacheDataset
 from monai.transforms import Compose, MapTransform
+from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
 from scripts.data.fitting import fit_masks_to_square, network_slices
@@ -42,8 +43,8 @@ class SlicesToSquared(MapTransform):
         case = dict(data)
         channels = case["image"].shape[0]
         slices = network_slices(case["image"], self.size)[:, :channels]  # the copies of a grey channel are made later
-        case["image"] = torch.as_tensor((slices * 255).round().to(torch.uint8))
-        masks = torch.as_tensor(case["label"]).permute(3, 0, 1, 2)  # (K, H, W, D) -> (D, K, H, W)
+        case["image"] = (slices * 255).round().to(torch.uint8)
+        masks = convert_to_tensor(case["label"], track_meta=False).permute(3, 0, 1, 2)  # (K, H, W, D) -> (D, K, H, W)
         case["label"] = fit_masks_to_square(masks.to(torch.uint8), self.size)
         return case
 
@@ -138,7 +139,8 @@ class PromptedSlices(Dataset):
     ) -> None:
         if not 0 <= absent_share <= 1 or classes_per_image < 1:
             raise ConfigError(
-                f"absent_share lies in 0...1 and classes_per_image is at least 1, not {absent_share} and {classes_per_image}"
+                "absent_share lies in 0...1 and classes_per_image is at least 1, "
+                f"not {absent_share} and {classes_per_image}"
             )
         self.cases = CacheDataset(data, transform, progress=True, num_workers=None)
         self.class_ids = np.array(sorted(class_ids))
@@ -174,9 +176,7 @@ class PromptedSlices(Dataset):
         chosen = choose_prompts(
             self.present[index], askable, count=self.classes_per_image, absent_share=self.absent_share, rng=rng
         )
-        image, masks = self._augmented(
-            case["image"][place].float() / 255, case["label"][place][chosen], rng
-        )
+        image, masks = self._augmented(case["image"][place].float() / 255, case["label"][place][chosen], rng)
         layers = masks.numpy()
         boxes = np.stack([grown_box(layer, growth=self.box_growth, rng=rng) for layer in layers])
         distances = np.stack([distance_map(layer, form=self.distance_form) for layer in layers])
@@ -184,7 +184,7 @@ class PromptedSlices(Dataset):
             "image": image.expand(3, -1, -1).contiguous(),
             "label": masks.float(),
             "class_id": torch.as_tensor(self.class_ids[chosen]),
-            "present": masks.flatten(1).any(dim=1),
+            "present": masks.bool().flatten(1).any(dim=1),
             "box": torch.as_tensor(boxes),
             "distance": torch.as_tensor(distances),
             "noise_seed": torch.tensor(rng.integers(LARGEST_SEED)),
@@ -200,7 +200,7 @@ class PromptedSlices(Dataset):
                     f"case {case['case']}: annotates classes {list(case['annotated'])}, but the network is asked for "
                     f"{self.class_ids.tolist()}; set class_ids to the classes of the datalist"
                 )
-            found = case["label"].flatten(2).any(dim=2).numpy()  # (D, K, S, S) -> (D, K)
+            found = case["label"].bool().flatten(2).any(dim=2).numpy()  # (D, K, S, S) -> (D, K)
             places += [(number, place) for place in range(len(found))]
             present.append(found)
         if not places:
@@ -215,4 +215,5 @@ class PromptedSlices(Dataset):
             return image, masks
         self.augmentation.set_random_state(seed=int(rng.integers(LARGEST_SEED)))
         sample = self.augmentation({"image": image, "label": masks})
-        return torch.as_tensor(sample["image"]).clamp(0, 1), torch.as_tensor(sample["label"]).to(torch.uint8)
+        image, masks = (convert_to_tensor(sample[name], track_meta=False) for name in ("image", "label"))
+        return image.clamp(0, 1), masks.to(torch.uint8)

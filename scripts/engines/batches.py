@@ -5,14 +5,13 @@ from typing import Any, Literal
 
 import torch
 from monai.engines import PrepareBatch
+from monai.utils import convert_to_tensor
 
 from scripts.errors import ConfigError
 from scripts.losses.joint import PromptTargets
 
 
-def diffusion_noise(
-    seeds: torch.Tensor, *, prompts: int, grid_size: int, channels: int = 256
-) -> torch.Tensor:
+def diffusion_noise(seeds: torch.Tensor, *, prompts: int, grid_size: int, channels: int = 256) -> torch.Tensor:
     """Draw the noise of each image's prompts from the image's own seed, so that batch and rank do not matter.
 
     Args:
@@ -34,7 +33,8 @@ def diffusion_timesteps(seeds: torch.Tensor, *, prompts: int, steps: int) -> tor
     The paper does not say which t is decoded: uniform in training and T afterwards is this project's choice.
     """
     rows = [
-        torch.randint(1, steps + 1, (prompts,), generator=torch.Generator().manual_seed(seed + 1)) for seed in seeds.tolist()
+        torch.randint(1, steps + 1, (prompts,), generator=torch.Generator().manual_seed(seed + 1))
+        for seed in seeds.tolist()
     ]
     return torch.stack(rows)
 
@@ -67,13 +67,12 @@ class PreparePromptBatch(PrepareBatch):
             "box": batchdata["box"],
         }
         targets = PromptTargets(batchdata["label"], batchdata["distance"], batchdata["present"])
-        move = {"device": device, "non_blocking": non_blocking}
-        return (
-            batchdata["image"].to(**move, **kwargs),
-            PromptTargets(*(target.to(**move) for target in targets)),
-            (),
-            {name: value.to(**move) for name, value in arguments.items()},
-        )
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking)
+
+        moved = {name: move(value) for name, value in arguments.items()}
+        return move(batchdata["image"]).to(**kwargs), PromptTargets(*map(move, targets)), (), moved
 
 
 class PrepareCase(PrepareBatch):
@@ -99,16 +98,18 @@ class PrepareCase(PrepareBatch):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[()], dict[str, Any]]:
         """Return the image (1, C, H, W, D), its label if any, and which classes to ask for where."""
-        image, label = torch.as_tensor(batchdata["image"]), batchdata.get("label")
+        image = convert_to_tensor(batchdata["image"], track_meta=False)
+        label = convert_to_tensor(batchdata.get("label"), track_meta=False)
         arguments: dict[str, Any] = {"case": batchdata["case"]}
         if self.class_ids is None:
             arguments["class_ids"] = batchdata["class_ids"]
         else:
             arguments["class_ids"] = self.class_ids
             arguments["presence"] = self._questions(batchdata)
-        move = {"device": device, "non_blocking": non_blocking}
-        label = None if label is None else torch.as_tensor(label).unsqueeze(0).to(**move)
-        return image.unsqueeze(0).to(**move, **kwargs), label, (), arguments
+        image = image.unsqueeze(0).to(device=device, non_blocking=non_blocking).to(**kwargs)
+        if label is not None:
+            label = label.unsqueeze(0).to(device=device, non_blocking=non_blocking)
+        return image, label, (), arguments
 
     def _questions(self, batchdata: Mapping[str, Any]) -> torch.Tensor:
         """Decide which class to ask for in which slice, (1, K, D) bool."""
@@ -116,7 +117,8 @@ class PrepareCase(PrepareBatch):
         questions = annotated.reshape(1, -1, 1).expand(1, -1, batchdata["image"].shape[-1])
         if self.presence == "all":
             return questions
-        found = torch.as_tensor(batchdata["label"]).flatten(1, 2).any(dim=1)  # (K, H, W, D) -> (K, D)
+        label = convert_to_tensor(batchdata["label"], track_meta=False)
+        found = label.bool().flatten(1, 2).any(dim=1)  # (K, H, W, D) -> (K, D)
         return questions & found.unsqueeze(0)
 
 

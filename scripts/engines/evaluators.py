@@ -1,7 +1,6 @@
 """MONAI's evaluator for whole cases, which outlives one that cannot be used."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from ignite.engine import Engine
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 class TolerantDataset(Dataset):
     """MONAI's dataset, which gives the reason instead of a case that cannot be used."""
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
         """Give a prepared case, or `{"case": its name, "failure": why not}`."""
         try:
             return super().__getitem__(index)
@@ -63,8 +62,9 @@ class CaseEvaluator(SupervisedEvaluator):
 
         @self.on(IterationEvents.MODEL_COMPLETED)
         def take_apart(engine: Engine) -> None:
-            output = {name: value[0] for name, value in engine.state.output.items() if value is not None}
-            engine.state.batch, engine.state.output = [engine.state.batch], [output]
+            state: Any = engine.state
+            output = {name: value[0] for name, value in state.output.items() if value is not None}
+            state.batch, state.output = [state.batch], [output]
 
     def raise_failures(self) -> None:
         """End with an error that names the cases which failed, where there are any.

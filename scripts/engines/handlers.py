@@ -6,7 +6,7 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
@@ -131,7 +131,8 @@ class JointLossHandler:
 
     def summarise(self, engine: Engine) -> None:
         """Give the epoch's means to the other handlers."""
-        means = {f"train_{name}": total / engine.state.epoch_length for name, total in self.sums.items()}
+        iterations = cast(int, engine.state.epoch_length)
+        means = {f"train_{name}": total / iterations for name, total in self.sums.items()}
         engine.state.metrics.update(means)
         if self.writer is not None:
             for name, value in means.items():
@@ -147,7 +148,7 @@ class JointLossHandler:
         parts = {"loss": loss.detach(), **self.loss.components}
         stacked = torch.stack([value.float().reshape(()) for value in parts.values()])
         if idist.get_world_size() > 1:
-            stacked = idist.all_reduce(stacked) / idist.get_world_size()
+            stacked = cast(torch.Tensor, idist.all_reduce(stacked)) / idist.get_world_size()
         values = dict(zip(parts, stacked.tolist(), strict=True))
         return values | {f"lambda_{name}": weight for name, weight in self.loss.named_weights().items()}
 
@@ -215,7 +216,8 @@ class StopOnNaN:
         Raises:
             TrainingError: naming the iteration and the parts.
         """
-        if bool(torch.isfinite(engine.state.output["loss"]).all()):
+        output: Any = engine.state.output
+        if bool(torch.isfinite(output["loss"]).all()):
             return
         parts = ", ".join(f"{name} {float(value):.4g}" for name, value in self.loss.components.items())
         raise TrainingError(
@@ -332,7 +334,9 @@ class ResumeFrom:
             for name, item in {**self.objects, "trainer": engine}.items():
                 item.load_state_dict(states[name])
         except FileNotFoundError as error:
-            raise CheckpointError(f"there is no {self.path} to resume from; a run writes it after its first epoch") from error
+            raise CheckpointError(
+                f"there is no {self.path} to resume from; a run writes it after its first epoch"
+            ) from error
         except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path} is not the last state of a run with these settings: {error}") from error
         engine.state.max_epochs = max_epochs  # what was asked for now, not then

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.inferers import Inferer
+from monai.utils import convert_to_tensor
 
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.engines.batches import diffusion_noise
@@ -46,7 +47,7 @@ class ClassPromptInferer(Inferer):
         self.prompts_at_once = prompts_at_once
         self.noise_seed = noise_seed
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         inputs: torch.Tensor,
         network: torch.nn.Module,
@@ -68,9 +69,9 @@ class ClassPromptInferer(Inferer):
         Returns:
             Logits `(1, K, H, W, D)` in the case's own pixels.
         """
-        model: AutoMedSAM = getattr(network, "module", network)
+        model = cast(AutoMedSAM, getattr(network, "module", network))
         ids = [int(i) for i in (class_ids if class_ids is not None else self.class_ids or model.class_ids)]
-        image = torch.as_tensor(inputs)[0]  # (C, H, W, D)
+        image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
         logits = image.new_full((len(ids), height, width, depth), ABSENT_LOGIT)
         for start in range(0, depth, self.slices_at_once):
@@ -96,10 +97,11 @@ class ClassPromptInferer(Inferer):
         answer = image.new_full((count, len(ids), height, width), ABSENT_LOGIT)
         for start in range(0, len(pairs), self.prompts_at_once):
             some = pairs[start : start + self.prompts_at_once]
-            rows, columns = ([pair[i] for pair in some] for i in (0, 1))
-            classes = torch.tensor([[ids[k]] for k in columns], device=image.device)
-            noise = self._noise(model, [(case, first + n, ids[k]) for n, k in some], image.device)
-            prompts = model.encode_classes(embedding[rows], classes, noise=noise)
+            rows, columns = [row for row, _ in some], [column for _, column in some]
+            asked_ids = torch.tensor([[ids[column]] for column in columns], device=image.device)  # (N, 1)
+            places = [(case, first + row, ids[column]) for row, column in some]
+            noise = self._noise(model, places, image.device)
+            prompts = model.encode_classes(embedding[rows], asked_ids, noise=noise)
             squares, _ = model.decode(embedding[rows], prompts)  # (N, 1, S, S)
             restored = restore_from_square(squares, size=model.image_size, original=(height, width))
             answer[rows, columns] = restored[:, 0].to(answer.dtype)

@@ -1,5 +1,6 @@
 """DSC and NSD of whole cases as a metric of Ignite, and the files an evaluation leaves."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.data.utils import affine_to_spacing
+from monai.utils import convert_to_numpy
 
 from scripts.data.vocabulary import Vocabulary
 from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, Summary, score_case, summarise
 from scripts.report.tables import render_table, write_scores_csv, write_summary_json
+
+logger = logging.getLogger(__name__)
 
 
 class CaseScores(Metric):
@@ -52,8 +56,9 @@ class CaseScores(Metric):
 
     def iteration_completed(self, engine: Engine) -> None:
         """Score the cases of an iteration, unless they failed."""
-        if engine.state.output:
-            self.update([{**case, **output} for case, output in zip(engine.state.batch, engine.state.output, strict=True)])
+        state: Any = engine.state
+        if state.output:
+            self.update([{**case, **output} for case, output in zip(state.batch, state.output, strict=True)])
 
     def update(self, output: Sequence[Mapping[str, Any]]) -> None:
         """Score cases: `pred` and `label` (K, H, W, D), 0 or 1, with the `image`'s geometry and the `annotated` ids."""
@@ -118,11 +123,11 @@ class ReportScores:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_scores_csv(self.scores.scores, self.output_dir / "metrics.csv")
         write_summary_json(summary, self.output_dir / "metrics.json")
-        engine.logger.info("\n%s", render_table(summary))
+        logger.info("\n%s", render_table(summary))
 
 
 def _as_masks(channels: torch.Tensor) -> np.ndarray:
-    return torch.as_tensor(channels).cpu().numpy().astype(bool)
+    return convert_to_numpy(channels).astype(bool)
 
 
 def _gathered(scores: list[ClassScore]) -> list[ClassScore]:

@@ -14,7 +14,7 @@ from scripts.losses.shape_distance import ShapeDistanceLoss
 from scripts.networks.prompts import MaskPrediction
 
 LOSS_NAMES = ("mse_sparse", "mse_dense", "dice", "cross_entropy", "shape_distance")  # J = 5
-SMALLEST_WEIGHT = 1e-3  # |lambda| below this would divide by nothing
+SMALLEST_WEIGHT = 1e-3  # keeps lambda = 0 from dividing by nothing; its square is lost beside lambda = 1
 DICE_SMOOTHING = 1e-5
 
 
@@ -68,7 +68,7 @@ class JointLoss(nn.Module):
         components: the latest value of each loss, and of cross-entropy for present and absent prompts apart.
 
     Raises:
-        ConfigError: an unknown loss or weighting.
+        ConfigError: an unknown or repeated loss, no loss, or an unknown weighting.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class JointLoss(nn.Module):
     ) -> None:
         super().__init__()
         unknown = set(losses) - set(LOSS_NAMES)
-        if unknown or not losses:
-            raise ConfigError(f"losses must be some of {', '.join(LOSS_NAMES)}, not {list(losses)}")
+        if unknown or not losses or len(set(losses)) < len(losses):
+            raise ConfigError(f"losses must be some of {', '.join(LOSS_NAMES)}, each once, not {list(losses)}")
         if weighting not in ("uncertainty", "fixed"):
             raise ConfigError(f"weighting is 'uncertainty' or 'fixed', not '{weighting}'")
         self.losses = tuple(losses)
@@ -103,7 +103,8 @@ class JointLoss(nn.Module):
         values = torch.stack([parts[name] for name in self.losses])
         if self.weighting == "fixed":
             return values.sum()
-        squared = self.weights.square().clamp(min=SMALLEST_WEIGHT**2)
+        # Added, not clamped: a clamped weight would have no gradient, and never leave the place where it counts most.
+        squared = self.weights.square() + SMALLEST_WEIGHT**2
         return (values / (2 * squared) + torch.log1p(squared)).sum()
 
     def named_weights(self) -> dict[str, float]:

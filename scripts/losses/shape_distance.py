@@ -4,12 +4,14 @@ The paper does not say what D is. This reading follows the public loss of the sa
 whose values are of the order of the other losses: a soft step of the distance to the boundary, see `distance_map`.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from torch import nn
+
+from scripts.errors import ConfigError
 
 DistanceMap = Literal["soft", "max_normalised", "raw"]
 STEP_WIDTH = 0.2  # k of the soft step
@@ -29,7 +31,12 @@ def distance_map(mask: np.ndarray, *, form: DistanceMap = "soft") -> np.ndarray:
 
     Returns:
         `(H, W)` float32, zero outside the mask and all zero for an empty one.
+
+    Raises:
+        ConfigError: an unknown form.
     """
+    if form not in get_args(DistanceMap):
+        raise ConfigError(f"the distance map is one of {', '.join(get_args(DistanceMap))}, not '{form}'")
     inside = mask > 0
     if not inside.any():
         return np.zeros(mask.shape, dtype=np.float32)
@@ -54,7 +61,7 @@ class ShapeDistanceLoss(nn.Module):
             distance: D `(N, H, W)`, see `distance_map`.
 
         Returns:
-            `(N,)`, one value a mask; 1 for an empty target.
+            `(N,)`, one value a mask; 1 for an empty target, and less where next to nothing was predicted.
         """
         probability = torch.sigmoid(logits)
         difference = (distance - probability).abs().sum(dim=(1, 2))

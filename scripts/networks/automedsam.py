@@ -47,6 +47,9 @@ class AutoMedSAM(nn.Module):
         ConfigError: a setting that does not exist, or class ids that are not positive and distinct.
     """
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
     def __init__(
         self,
         *,
@@ -64,6 +67,8 @@ class AutoMedSAM(nn.Module):
             raise ConfigError(f"class_ids must be distinct numbers from 1 up, not {list(class_ids)}")
         if pixel_normalisation not in ("unit", "sam"):
             raise ConfigError(f"pixel_normalisation is 'unit' or 'sam', not '{pixel_normalisation}'")
+        if len(channels) != 3:
+            raise ConfigError(f"channels are the three widths of the class prompt encoder, not {list(channels)}")
         first, second, middle = channels
         self.settings: dict[str, Any] = {
             "image_encoder": image_encoder,

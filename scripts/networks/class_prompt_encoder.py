@@ -98,10 +98,10 @@ class ClassPromptEncoder(nn.Module):
         grid_size: side h = w of the image embedding.
         preset: `paper` for the equations, `release` for the authors' file.
         channels: widths of the U-Net; the default is the authors'.
-        diffusion_steps: T.
+        diffusion_steps: T, 1 or more.
 
     Raises:
-        ConfigError: an unknown preset.
+        ConfigError: an unknown preset, or no diffusion step.
     """
 
     def __init__(
@@ -115,6 +115,8 @@ class ClassPromptEncoder(nn.Module):
         super().__init__()
         if preset not in ("paper", "release"):
             raise ConfigError(f"the class prompt encoder's preset is 'paper' or 'release', not '{preset}'")
+        if diffusion_steps < 1:
+            raise ConfigError(f"diffusion_steps counts from 1, and {diffusion_steps} is no number of steps")
         self.grid_size = grid_size
         self.preset = preset
         self.diffusion_steps = diffusion_steps

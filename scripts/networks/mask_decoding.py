@@ -17,7 +17,7 @@ class PromptMaskDecoder(MaskDecoder):
     the parent's.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, image_embedding: torch.Tensor, positional_encoding: torch.Tensor, prompts: PromptEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode N prompts.

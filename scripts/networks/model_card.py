@@ -32,15 +32,19 @@ class ModelCard:
             CheckpointError: there is no card, or it is not one.
         """
         path = Path(weights).with_suffix(".json")
+        parts = ("network", "trained", "training")
         try:
             content = json.loads(path.read_text())
-            return cls(**{name: content[name] for name in ("network", "trained", "training")})
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{path.name} is missing beside {Path(weights).name}: it says how the network is built; training writes both"
+                f"{path.name} is missing beside {Path(weights).name}: it says how the network is built; "
+                "training writes both"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path.name} is no model card with network, trained and training: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path.name} cannot be read as a model card: {error}; copy it again") from error
+        if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in parts):
+            raise CheckpointError(f"{path.name} is no model card: it must hold the objects {', '.join(parts)}")
+        return cls(**{name: content[name] for name in parts})
 
     def write(self, path: Path, scores: Mapping[str, float] | None = None) -> None:
         """Write the card, with the scores that chose the weights."""

@@ -57,7 +57,7 @@ def test_shrinking_averages_like_pillow(generator):
 
 def test_mask_fitting_halves_exactly_and_keeps_values():
     masks = torch.zeros(1, 2, 8, 4, dtype=torch.uint8)
-    masks[0, 0, 2:6] = 1
+    masks[0, 0, 3:6] = 1  # the nearest rows are 1, 3, 5 and 7
     masks[0, 1, :, 2:] = 1
     square = fit_masks_to_square(masks, 4)
     assert square.dtype == torch.uint8

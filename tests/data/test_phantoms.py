@@ -186,6 +186,13 @@ def test_organs_lie_in_front_of_and_above_each_other(cases):
             assert middle[kidney][2] < middle[SPLEEN][2]
 
 
+def test_the_lower_liver_stays_on_the_right(cases):
+    for case in cases:
+        points = patient_points(case, case.labels == LIVER)
+        lower = points[points[:, 2] < points[:, 2].min() + 40]
+        assert np.quantile(lower[:, 0], 0.1) > body_centre(case)[0] - 10
+
+
 def test_pancreas_crosses_the_midline_in_front_of_the_aorta(cases):
     for case in cases:
         points = patient_points(case, case.labels == PANCREAS)

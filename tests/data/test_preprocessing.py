@@ -123,9 +123,9 @@ def test_any_number_type_becomes_float32(dtype):
 
 def test_transform_takes_the_modality_of_the_case():
     transform = ScaleIntensityByModalityd(window=(0.0, 100.0))
-    data = {"image": _case(-100, 0, 100), "modality": "CT", "case": "a"}
+    data = {"image": _case(-100, 0, 25, 100), "modality": "CT", "case": "a"}
     result = transform(data)
-    assert result["image"].flatten().tolist() == pytest.approx([0, 127.5, 255])
+    assert result["image"].flatten().tolist() == pytest.approx([0, 127.5, 191.25, 255])
     assert data["image"].min() == -100
     assert result["case"] == "a"
     with pytest.raises(InputError, match="got None"):

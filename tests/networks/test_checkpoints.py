@@ -453,6 +453,13 @@ def test_a_ramp_of_positions_stays_a_ramp():
     torch.testing.assert_close(small[0, 8, 4:12, 1], middle, rtol=0, atol=1e-3)
 
 
+def test_a_cell_of_the_small_grid_stands_for_all_it_covers():
+    """One row in four is 1: its share of each cell is a quarter, wherever the cells' centres fall."""
+    rows = (torch.arange(64) % 4 == 0).float()[:, None].expand(64, 64)
+    small = resize_positions(rows[None, :, :, None], 16)
+    torch.testing.assert_close(small[0, 4:12, :, 0], torch.full((8, 16), 0.25), rtol=0, atol=0.05)
+
+
 def test_relative_positions_keep_their_centre():
     table = torch.arange(-63.0, 64.0)[:, None].expand(127, 3)  # offsets of a 64 grid
     small = resize_relative_positions(table, 16)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scripts.errors import ConfigError
+from scripts.errors import ConfigError, InputError
 
 EMBEDDING_CHANNELS = 256
 STAGE_CHANNELS = (32, 64, 128, 192)  # at strides 2, 4, 8 and 16
@@ -85,7 +85,16 @@ class CompactEncoder(nn.Module):
         )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Embed `(B, 3, S, S)` images with values in [0, 1] as `(B, 256, S / stride, S / stride)`."""
+        """Embed `(B, 3, S, S)` images with values in [0, 1] as `(B, 256, S / stride, S / stride)`.
+
+        Raises:
+            InputError: an image of another shape.
+        """
+        side = self.image_size
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side):
+            raise InputError(
+                f"this image encoder expects (B, 3, {side}, {side}), got {tuple(image.shape)}: resize the image"
+            )
         levels = []
         features = image
         for index, stage in enumerate(self.stages):

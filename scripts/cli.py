@@ -1,0 +1,304 @@
+"""The command line: every verb calls a config or a function of the bundle and says in one line what went wrong."""
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from scripts.errors import ConfigError
+
+BUNDLE_ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = BUNDLE_ROOT / "configs"
+SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def infer(
+    source: str,
+    *,
+    classes: str | Sequence[str | int] | None = None,
+    modality: str | None = None,
+    output: str = "out",
+    checkpoint: str | None = None,
+    probability_maps: bool = False,
+    force: bool = False,
+    **overrides: Any,
+) -> str:
+    """Segment a file or a folder: NIfTI and other volumes, DICOM series, PNG, JPG and TIFF images.
+
+    Args:
+        source: the file or folder.
+        classes: names or ids, separated by commas; all that were trained for the modality if none is given.
+        modality: CT, MR, endoscopy, dermoscopy or xray, where the file does not tell.
+        output: folder of label maps, names, colours and overlay pictures.
+        checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
+        probability_maps: also write each class's probabilities, in which overlapping classes stay apart.
+        force: accept classes that were not trained in this modality.
+        overrides: further settings of configs/inference.json.
+    """
+    folder = _writable(output)
+    settings = {
+        "dataset_dir": str(Path(source).absolute()),
+        "classes": classes,
+        "modality": modality,
+        "output_dir": str(folder),
+        "probability_maps": probability_maps,
+        "force": force,
+    }
+    _run(["inference.json"], {**settings, **_of_checkpoint(checkpoint, with_trained=True), **overrides})
+    return f"label maps, names and pictures are in {folder}"
+
+
+def train(
+    datalist: str,
+    *,
+    output: str = "runs/train",
+    config: str | Sequence[str] = (),
+    from_scratch: bool = False,
+    resume: str | None = None,
+    **overrides: Any,
+) -> str:
+    """Train AutoMedSAM on the cases of a datalist.
+
+    Args:
+        datalist: JSON file with the sections training and validation, see docs/data.md.
+        output: folder of model.pt, model.json, last.pt, losses.csv and epochs.csv.
+        config: overlays over configs/train.json, separated by commas; names within configs/ will do.
+        from_scratch: start from random weights and train the image encoder too.
+        resume: the last.pt of a run to go on with.
+        overrides: further settings of configs/train.json, such as max_epochs.
+    """
+    path = Path(datalist).absolute()
+    folder = _writable(output)
+    settings: dict[str, Any] = {
+        "datalist": str(path),
+        "dataset_dir": str(path.parent),
+        "output_dir": str(folder),
+        "resume": None if resume is None else str(Path(resume).absolute()),
+    }
+    if from_scratch:
+        settings |= {"pretrained": None, "train_image_encoder": True}
+    if "class_ids" not in overrides:
+        settings["class_ids"] = _annotated_ids(path, overrides.get("dataset_dir", path.parent))
+    _run(["train.json", *_overlays(config)], {**settings, **overrides})
+    return f"the best network is {folder / 'model.pt'}; its way there is in epochs.csv and losses.csv"
+
+
+def evaluate(
+    datalist: str,
+    *,
+    checkpoint: str | None = None,
+    section: str = "test",
+    presence: str = "all",
+    output: str = "runs/evaluate",
+    **overrides: Any,
+) -> str:
+    """Score a model on a section of a datalist: DSC and NSD of each class in the cases' own spacing.
+
+    Args:
+        datalist: JSON file, see docs/data.md.
+        checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
+        section: which cases.
+        presence: `all` asks for every class in every slice, `oracle` only for those that the truth has there.
+        output: folder of metrics.csv and metrics.json.
+        overrides: further settings of configs/train.json and configs/evaluate.json.
+    """
+    path = Path(datalist).absolute()
+    folder = _writable(output)
+    settings = {
+        "datalist": str(path),
+        "dataset_dir": str(path.parent),
+        "validation_section": section,
+        "presence": presence,
+        "output_dir": str(folder),
+    }
+    workflow = _run(["train.json", "evaluate.json"], {**settings, **_of_checkpoint(checkpoint), **overrides})
+    from scripts.report.tables import render_table
+
+    summary = workflow.parser.get_parsed_content("validate#scores").summary()
+    return f"{render_table(summary)}\nevery case's scores are in {folder / 'metrics.csv'}"
+
+
+def phantoms(
+    output: str,
+    *,
+    training: int = 24,
+    validation: int = 4,
+    test: int = 6,
+    size: int = 128,
+    slices: int = 24,
+    seed: int = 0,
+) -> str:
+    """Write abdominal CT phantoms with their labels and datalist.
+
+    Args:
+        output: the folder.
+        training: number of training volumes.
+        validation: number of validation volumes.
+        test: number of test volumes.
+        size: pixels of a slice, each way.
+        slices: slices of a volume.
+        seed: same seed, same bytes.
+    """
+    from scripts.data.phantoms import write_phantoms
+
+    folder = _writable(output)
+    path = write_phantoms(
+        folder, training=training, validation=validation, test=test, size=size, slices=slices, seed=seed
+    )
+    return f"the datalist is {path}"
+
+
+def classes() -> str:
+    """List the classes that have a name, and what the bundle's own model knows of them."""
+    from scripts.data.vocabulary import Vocabulary
+    from scripts.networks.model_card import ModelCard
+
+    trained = ModelCard.beside(SHIPPED_MODEL).trained
+    lines = []
+    for entry in Vocabulary.read(CONFIGS / "classes.yaml").entries:
+        known = [modality for modality, names in trained.items() if entry.name in names]
+        note = f"known in {', '.join(known)}" if known else "not known to the shipped model"
+        lines.append(f"{entry.id:3d}  {entry.name:18s} occurs in {', '.join(entry.modalities)}; {note}")
+    return "\n".join(lines)
+
+
+def half(model: str, *, output: str) -> str:
+    """Copy a model and its card in half precision, for half the file.
+
+    Args:
+        model: a model.pt with its model.json.
+        output: the new model.pt.
+    """
+    from scripts.networks.checkpoints import read_state_dict, save_state_dict
+    from scripts.networks.model_card import ModelCard
+
+    card, state = ModelCard.beside(model), read_state_dict(model)
+    _writable(Path(output).parent)
+    save_state_dict(
+        {name: value.half() if value.is_floating_point() else value for name, value in state.items()}, output
+    )
+    card.write(Path(output).with_suffix(".json"))
+    return f"wrote {output}"
+
+
+def demo(*, output: str = "runs/demo") -> str:
+    """Make phantoms, train on them, score unseen ones and segment one of them: the bundle's whole way, in minutes.
+
+    Args:
+        output: folder of everything made.
+    """
+    from scripts.demo import run_demo
+
+    return run_demo(_writable(output))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb; errors that a user can mend become one line and exit code 1."""
+    _quieten()
+    verbs = [infer, train, evaluate, phantoms, classes, half, demo]
+    try:
+        fire.Fire({verb.__name__: verb for verb in verbs}, command=arguments, name="automedsam")
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        from scripts.engines.evaluators import intended_error
+
+        reason = intended_error(error)
+        if reason is None:
+            raise
+        _fail(" ".join(str(reason).split()), 1)
+
+
+def _fail(reason: str, code: int) -> None:
+    sys.stderr.write(f"automedsam: {reason}\n")
+    sys.exit(code)
+
+
+def _quieten() -> None:
+    """Show what the bundle says, and of the libraries only warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("scripts").setLevel(logging.INFO)
+    # Ignite reports an exception that is reported again, in words, at the end.
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)
+    # MONAI reminds at each start that configs are code; these are the bundle's own.
+    warnings.filterwarnings("ignore", message=".*GHSA.*")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+
+
+def _run(configs: Sequence[str | Path], overrides: dict[str, Any]) -> Any:
+    """Initialise, run and finalise a workflow of the bundle.
+
+    Raises:
+        ConfigError: an override that names no setting.
+    """
+    from monai.bundle import ConfigWorkflow
+
+    files = [str(CONFIGS / config) for config in configs]
+    workflow = ConfigWorkflow(
+        config_file=files,
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=False,
+        workflow_type="train" if "train.json" in configs else "infer",
+        bundle_root=str(BUNDLE_ROOT),
+    )
+    known = list(workflow.parser.get())
+    for name in overrides:
+        if name.split("#")[0].split("::")[0] not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"there is no setting '{name}' in {', '.join(Path(file).name for file in files)}{hint}")
+    workflow.parser.update(overrides)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow
+
+
+def _writable(path: str | Path) -> Path:
+    """Make the output folder before any work, as an absolute path."""
+    from scripts.data.writing import prepare_output_folder
+
+    return prepare_output_folder(Path(path).absolute())
+
+
+def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dict[str, Any]:
+    """Give the settings that a weights file needs, from the card beside it."""
+    from scripts.networks.model_card import ModelCard
+
+    path = SHIPPED_MODEL if checkpoint is None else Path(checkpoint).absolute()
+    card = ModelCard.beside(path)
+    return {"checkpoint": str(path), **card.network, **({"trained": card.trained} if with_trained else {})}
+
+
+def _annotated_ids(datalist: Path, dataset_dir: str | Path) -> list[int]:
+    """Find the classes that the training cases teach."""
+    from scripts.data.datalist import read_datalist
+    from scripts.data.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.read(CONFIGS / "classes.yaml")
+    cases = read_datalist(datalist, section="training", vocabulary=vocabulary, dataset_dir=dataset_dir)
+    return sorted({class_id for case in cases for class_id in case["annotated"]})
+
+
+def _overlays(config: str | Sequence[str]) -> list[Path]:
+    """Find overlays by path, or by name within configs/.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    names = config.split(",") if isinstance(config, str) else config
+    found = []
+    for name in names:
+        places = [Path(name).absolute(), CONFIGS / name, CONFIGS / f"{name}.yaml"]
+        existing = [place for place in places if place.is_file()]
+        if not existing:
+            raise ConfigError(f"there is no overlay '{name}': give a path, or a name within {CONFIGS}")
+        found.append(existing[0])
+    return found

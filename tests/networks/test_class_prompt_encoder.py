@@ -1,0 +1,288 @@
+"""The class prompt encoder against a reference output of the authors' network, and its two presets part by part."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scripts.errors import ConfigError
+from scripts.networks.class_prompt_encoder import ClassPromptEncoder, TwoBranchUNet
+
+CHANNELS = (8, 16, 32)
+GRID = 4
+PRESETS = ["paper", "release"]
+RELEASE_PARAMETERS = 2_218_816
+
+
+def small(preset: str = "paper", *, seed: int = 0, grid_size: int = GRID, steps: int = 100) -> ClassPromptEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ClassPromptEncoder(
+            grid_size=grid_size, preset=preset, channels=CHANNELS, diffusion_steps=steps
+        ).requires_grad_(False)
+
+
+def embeddings(generator: torch.Generator, rows: int, grid_size: int = GRID) -> torch.Tensor:
+    return torch.randn((rows, 256, grid_size, grid_size), generator=generator)
+
+
+def record(module: nn.Module) -> list[torch.Tensor]:
+    """The first input and the output of every later call of a module, appended."""
+    seen: list[torch.Tensor] = []
+    module.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+    return seen
+
+
+def golden(shared: Path) -> dict:
+    return json.loads((shared / "golden" / "release_class_prompt_encoder.json").read_text())
+
+
+def seeded(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The value that the reference output was computed with (README of the golden folder)."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    value = rng.normal(0, 0.1, shape) if len(shape) <= 1 else rng.normal(0, 1, shape) / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(value.astype(np.float32))
+
+
+# The authors' network.
+
+
+def test_release_gives_the_reference_output(shared):
+    facts = golden(shared)
+    encoder = ClassPromptEncoder(preset="release", diffusion_steps=facts["timesteps"])
+    shapes = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+    encoder.load_state_dict({name: seeded(name, shape, facts["seed"]) for name, shape in shapes.items()})
+    rng = np.random.default_rng([facts["seed"], 7])
+    embedding = torch.from_numpy(rng.normal(0, 0.3, (2, 256, 64, 64)).astype(np.float32))
+    with torch.no_grad():
+        prompts = encoder(embedding, torch.tensor(facts["labels"]), torch.zeros_like(embedding))
+    with np.load(shared / "golden" / "release_class_prompt_encoder.npz") as expected:
+        for name, got in (("dense_stride8", prompts.dense[:, :, ::8, ::8]), ("sparse", prompts.sparse)):
+            difference = np.abs(got.numpy() - expected[name]).max()
+            assert difference <= 1e-5 * np.abs(expected[name]).max(), name
+
+
+def test_release_has_the_names_and_shapes_of_the_authors_file(shared):
+    with torch.device("meta"):
+        state = ClassPromptEncoder(preset="release").state_dict()
+    assert {name: list(value.shape) for name, value in state.items()} == golden(shared)["shapes"]
+
+
+def test_release_has_as_many_parameters_as_the_authors_file():
+    with torch.device("meta"):
+        encoder = ClassPromptEncoder(preset="release")
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == RELEASE_PARAMETERS
+    assert sum(parameter.numel() for parameter in encoder.fc_label.parameters()) == 8192
+
+
+def test_paper_lacks_only_the_class_at_the_first_convolution():
+    with torch.device("meta"):
+        paper, release = (ClassPromptEncoder(preset=preset).state_dict() for preset in PRESETS)
+    assert list(paper) == list(release)
+    different = [name for name in paper if paper[name].shape != release[name].shape]
+    assert different == ["unet.enc1.0.weight"]
+    assert paper["unet.enc1.0.weight"].shape == (64, 256, 3, 3)
+
+
+# What comes out.
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_shapes_and_signs(preset, rows, generator):
+    prompts = small(preset)(embeddings(generator, rows), torch.arange(1, rows + 1))
+    assert prompts.sparse.shape == (rows, 2, 256)
+    assert prompts.dense.shape == (rows, 256, GRID, GRID)
+    for values in prompts:
+        assert values.dtype == torch.float32
+        assert values.min() >= 0
+        assert values.max() > 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_tokens_are_the_means_of_the_upper_and_the_lower_half(preset, generator):
+    encoder = small(preset)
+    seen = record(encoder.unet.sparse_dec2)
+    tokens = encoder(embeddings(generator, 2), torch.tensor([1, 2])).sparse
+    decoded = seen[1]
+    torch.testing.assert_close(tokens[:, 0], decoded[:, :, : GRID // 2].mean(dim=(2, 3)))
+    torch.testing.assert_close(tokens[:, 1], decoded[:, :, GRID // 2 :].mean(dim=(2, 3)))
+    assert not torch.allclose(tokens[:, 0], tokens[:, 1])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_dense_map_is_the_dense_decoders(preset, generator):
+    encoder = small(preset)
+    seen = record(encoder.unet.dense_dec2)
+    dense = encoder(embeddings(generator, 2), torch.tensor([1, 2])).dense
+    assert torch.equal(dense, seen[1])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_batch_gives_what_its_rows_give_alone(preset, generator):
+    encoder = small(preset)
+    embedding, ids = embeddings(generator, 3), torch.tensor([4, 1, 2])
+    noise, timestep = embeddings(generator, 3), torch.tensor([1, 50, 100])
+    together = encoder(embedding, ids, noise, timestep)
+    for i in range(3):
+        row = slice(i, i + 1)
+        alone = encoder(embedding[row], ids[row], noise[row], timestep[row])
+        torch.testing.assert_close(together.sparse[row], alone.sparse)
+        torch.testing.assert_close(together.dense[row], alone.dense)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_class_decides(preset, generator):
+    encoder, embedding = small(preset), embeddings(generator, 1)
+    one, two = (encoder(embedding, torch.tensor([class_id])) for class_id in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        assert (first - second).abs().max() > 0.01 * first.max()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_learns(preset, generator):
+    encoder = small(preset).requires_grad_(True)
+    prompts = encoder(embeddings(generator, 2), torch.tensor([1, 2]))
+    (prompts.sparse.sum() + prompts.dense.sum()).backward()
+    for name, parameter in encoder.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+# The class, projected.
+
+
+def test_the_projection_is_linear_in_the_class():
+    encoder = small()
+    maps = encoder.project(torch.tensor([0, 1, 2, 5]))
+    weight, bias = (values.reshape(1, GRID, GRID) for values in (encoder.fc_label.weight, encoder.fc_label.bias))
+    assert maps.shape == (4, 1, GRID, GRID)
+    for row, class_id in zip(maps, (0, 1, 2, 5), strict=True):
+        torch.testing.assert_close(row, class_id * weight + bias)
+
+
+# What the presets do differently.
+
+
+def test_paper_takes_one_step_and_only_the_diffused_embedding(generator):
+    encoder = small("paper")
+    embedding, noise, ids = embeddings(generator, 2), embeddings(generator, 2), torch.tensor([1, 3])
+    seen = record(encoder.unet.enc1)
+    encoder(embedding, ids, noise, torch.tensor([1, 9]))
+    scale = torch.tensor([1 / 2, 1 / 10]).reshape(2, 1, 1, 1)
+    torch.testing.assert_close(seen[0], embedding + encoder.project(ids) + scale * noise)
+
+
+def test_release_accumulates_and_appends_the_projected_class(generator):
+    encoder = small("release", steps=7)
+    embedding, noise, ids = embeddings(generator, 2), embeddings(generator, 2), torch.tensor([1, 3])
+    seen = record(encoder.unet.enc1)
+    encoder(embedding, ids, noise)
+    assert seen[0].shape == (2, 257, GRID, GRID)
+    diffused = embedding + 7 * encoder.project(ids) + 0.72624 * noise
+    torch.testing.assert_close(seen[0][:, :256], diffused, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0][:, 256:], encoder.project(ids))
+
+
+def test_at_the_bottom_paper_has_the_projected_class_and_release_the_number(generator):
+    ids = torch.tensor([2, 5])
+    for preset in PRESETS:
+        encoder = small(preset)
+        seen = record(encoder.unet.dense_attention)
+        encoder(embeddings(generator, 2), ids)
+        number = torch.tensor([2.0, 5.0]).reshape(2, 1, 1, 1).expand(2, 1, GRID, GRID)
+        expected = encoder.project(ids) if preset == "paper" else number
+        assert seen[0].shape[1] == CHANNELS[1] + 1
+        torch.testing.assert_close(seen[0][:, -1:], expected)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dense_attention_weighs_the_features_without_the_class(preset, generator):
+    encoder = small(preset)
+    middle, weights, decoder, second = (
+        record(getattr(encoder.unet, name)) for name in ("middle", "dense_attention", "dense_dec1", "enc2")
+    )
+    encoder(embeddings(generator, 2), torch.tensor([1, 3]))
+    assert (weights[1] < 0).any()
+    used = weights[1].relu() if preset == "paper" else weights[1]
+    assert used.shape[1] == CHANNELS[1]
+    torch.testing.assert_close(decoder[0], torch.cat((middle[1] * used, second[1]), dim=1))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sparse_attention_weighs_channels(preset, generator):
+    encoder = small(preset)
+    middle, weights, decoder, second = (
+        record(getattr(encoder.unet, name)) for name in ("middle", "sparse_attention", "sparse_dec1", "enc2")
+    )
+    encoder(embeddings(generator, 2), torch.tensor([1, 3]))
+    assert weights[0].shape == (2, CHANNELS[1] + 1, GRID, GRID)
+    torch.testing.assert_close(weights[0][:, :-1], middle[1])
+    convolution = encoder.unet.sparse_attention[1]
+    pooled = weights[0].mean(dim=(2, 3))
+    by_hand = torch.sigmoid(pooled @ convolution.weight[:, :, 0, 0].T + convolution.bias)
+    torch.testing.assert_close(weights[1], by_hand[:, :, None, None])
+    torch.testing.assert_close(decoder[0], torch.cat((middle[1] * by_hand[:, :, None, None], second[1]), dim=1))
+
+
+def test_the_class_at_the_bottom_acts_through_the_attentions_alone(generator):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = TwoBranchUNet(channels_in=256, channels=CHANNELS, rectified_attention=False).requires_grad_(False)
+    diffused, class_map = embeddings(generator, 1), torch.ones(1, 1, GRID, GRID)
+    for plain, other in zip(unet(diffused, class_map), unet(diffused, 3 * class_map), strict=True):
+        assert not torch.allclose(plain, other)
+    unet.dense_attention.weight[:, -1] = 0
+    unet.sparse_attention[1].weight[:, -1] = 0
+    for plain, other in zip(unet(diffused, class_map), unet(diffused, 3 * class_map), strict=True):
+        torch.testing.assert_close(plain, other)
+
+
+# Noise and time step.
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_noise_is_the_callers(preset, generator):
+    encoder, embedding, ids = small(preset, steps=1), embeddings(generator, 1), torch.tensor([1])
+    noise = embeddings(generator, 1)
+    without, again = encoder(embedding, ids), encoder(embedding, ids)
+    assert torch.equal(without.dense, again.dense)
+    assert torch.equal(without.dense, encoder(embedding, ids, torch.zeros_like(noise)).dense)
+    noisy = encoder(embedding, ids, noise)
+    assert torch.equal(noisy.dense, encoder(embedding, ids, noise).dense)
+    assert (noisy.dense - without.dense).abs().max() > 0.01 * without.dense.max()
+
+
+def test_no_time_step_means_the_last(generator):
+    encoder, embedding, ids = small(steps=3), embeddings(generator, 2), torch.tensor([1, 2])
+    noise = embeddings(generator, 2)
+    plain = encoder(embedding, ids, noise).dense
+    assert torch.equal(plain, encoder(embedding, ids, noise, torch.tensor([3, 3])).dense)
+    first = encoder(embedding, ids, noise, torch.tensor([1, 3])).dense
+    assert not torch.allclose(plain[0], first[0])
+    torch.testing.assert_close(plain[1], first[1])
+
+
+def test_release_always_takes_all_steps(generator):
+    encoder, embedding, ids = small("release"), embeddings(generator, 1), torch.tensor([1])
+    noise = embeddings(generator, 1)
+    assert torch.equal(encoder(embedding, ids, noise).dense, encoder(embedding, ids, noise, torch.tensor([1])).dense)
+
+
+# Errors.
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ConfigError, match="'paper' or 'release', not 'both'"):
+        ClassPromptEncoder(grid_size=GRID, preset="both", channels=CHANNELS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_step_is_refused(preset, steps):
+    with pytest.raises(ConfigError, match=f"{steps} is no number of steps"):
+        small(preset, steps=steps)
