@@ -227,6 +227,8 @@ def _quieten() -> None:
     logging.getLogger("scripts").setLevel(logging.INFO)
     # Ignite reports an exception that is reported again, in words, at the end.
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
+    for name in ("monai.bundle.workflows", "monai.bundle.config_parser"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     # MONAI reminds at each start that configs are code; these are the bundle's own.
     warnings.filterwarnings("ignore", message=".*GHSA.*")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")

@@ -24,7 +24,7 @@ def run_demo(output: Path) -> str:
 
     start = time.monotonic()
     datalist = write_phantoms(output / "phantoms")
-    cli.train(str(datalist), output=str(output), config="experiments/demo.yaml")
+    cli.train(str(datalist), output=str(output), config="experiments/from_scratch.yaml,experiments/demo.yaml")
     checkpoint = str(output / "model.pt")
     table = cli.evaluate(str(datalist), checkpoint=checkpoint, section=UNSEEN_SECTION, output=str(output))
     volume = _first_unseen(datalist)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.data.phantoms import write_phantoms
+
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,3 +33,10 @@ def shared() -> Path:
 def generator() -> torch.Generator:
     """A seeded source of random tensors."""
     return torch.Generator().manual_seed(20250206)
+
+
+@pytest.fixture(scope="session")
+def tiny_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The datalist of five CT phantoms of 32 x 32 x 12 voxels: training 2, validation 1, test 2."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    return write_phantoms(folder, training=2, validation=1, test=2, size=32, slices=12)

@@ -59,8 +59,10 @@ class LogitsToLabelMapd(MapTransform):
             probability = torch.sigmoid(convert_to_tensor(result[key], track_meta=False).float())
             highest, winner = probability.max(dim=0, keepdim=True)  # (1, H, W, D)
             ids = torch.tensor(result[self.classes_key], dtype=torch.uint8, device=winner.device)
-            result[key] = torch.where(highest > THRESHOLD, ids[winner], torch.zeros_like(ids[0]))
-            result[self.probability_key] = probability
+            labels = torch.where(highest > THRESHOLD, ids[winner], torch.zeros_like(ids[0]))
+            # With room for metadata, because MONAI's Invertd passes plain tensors by.
+            result[key] = convert_to_tensor(labels, track_meta=True)
+            result[self.probability_key] = convert_to_tensor(probability, track_meta=True)
         return result
 
 

@@ -63,8 +63,8 @@ class CaseEvaluator(SupervisedEvaluator):
         @self.on(IterationEvents.MODEL_COMPLETED)
         def take_apart(engine: Engine) -> None:
             state: Any = engine.state
-            output = {name: value[0] for name, value in state.output.items() if value is not None}
-            state.batch, state.output = [state.batch], [output]
+            # The prediction alone: the case keeps its own image and label, which know their geometry.
+            state.batch, state.output = [state.batch], [{"pred": state.output["pred"][0]}]
 
     def raise_failures(self) -> None:
         """End with an error that names the cases which failed, where there are any.

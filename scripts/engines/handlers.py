@@ -15,7 +15,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.errors import CheckpointError, TrainingError
+from scripts.errors import CheckpointError, ConfigError, TrainingError
 from scripts.files import atomic_path
 from scripts.losses.joint import JointLoss
 from scripts.networks.checkpoints import load_weights, save_state_dict
@@ -250,6 +250,41 @@ class ExplainOutOfMemory:
             used = ", ".join(f"{name} {value}" for name, value in self.settings.items())
             raise TrainingError(f"memory ran out; lower one of: {used}") from error
         raise error
+
+
+class AnnounceTraining:
+    """Say what learns and what is frozen, and refuse to freeze an image encoder that never learned.
+
+    Args:
+        network: an `AutoMedSAM`.
+        started_from: the file that the weights come from, if any.
+    """
+
+    def __init__(self, network: torch.nn.Module, *, started_from: str | Path | None) -> None:
+        self.network = network
+        self.started_from = started_from
+
+    def attach(self, engine: Engine) -> None:
+        """Run when the engine starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Look at the parts of the network.
+
+        Raises:
+            ConfigError: a frozen image encoder without weights.
+        """
+        encoder = cast(torch.nn.Module, self.network.image_encoder)
+        learns = any(parameter.requires_grad for parameter in encoder.parameters())
+        if not learns and not self.started_from:
+            raise ConfigError(
+                "the image encoder is frozen, but there are no weights to freeze: give pretrained a file, or let the "
+                "encoder learn too (train_image_encoder true; on the command line --from_scratch)"
+            )
+        count = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
+        start = Path(self.started_from).name if self.started_from else "random weights"
+        state = "learns too" if learns else "is frozen"
+        logger.info("starting from %s; the image encoder %s; %.2f million parameters learn", start, state, count / 1e6)
 
 
 class LoadWeights:

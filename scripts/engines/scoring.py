@@ -58,7 +58,9 @@ class CaseScores(Metric):
         """Score the cases of an iteration, unless they failed."""
         state: Any = engine.state
         if state.output:
-            self.update([{**case, **output} for case, output in zip(state.batch, state.output, strict=True)])
+            self.update(
+                [{**case, "pred": output["pred"]} for case, output in zip(state.batch, state.output, strict=True)]
+            )
 
     def update(self, output: Sequence[Mapping[str, Any]]) -> None:
         """Score cases: `pred` and `label` (K, H, W, D), 0 or 1, with the `image`'s geometry and the `annotated` ids."""

@@ -53,15 +53,42 @@ def mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(chosen, values, torch.zeros_like(values)).sum() / count.clamp(min=torch.finfo(values.dtype).tiny)
 
 
+def pooled_dice(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Take the Dice loss of all prompts as if they were one mask (Eq. 14, literally).
+
+    What is predicted of an absent class enlarges the denominator, so that it has a price. With several processes the
+    sums are those of all; their gradient is scaled for the average that DistributedDataParallel takes.
+
+    Args:
+        probability: `(N, H, W)`.
+        mask: `(N, H, W)`, 0 or 1.
+
+    Returns:
+        A scalar in 0...1.
+    """
+    shared = (probability * mask).sum()
+    total = probability.square().sum() + mask.square().sum()
+    sums = torch.stack((shared, total))
+    if dist.is_available() and dist.is_initialized():
+        own = sums * dist.get_world_size()
+        everyones = sums.detach().clone()
+        dist.all_reduce(everyones)
+        sums = own + (everyones - own).detach()  # their value, our gradient
+    return 1.0 - (2.0 * sums[0] + DICE_SMOOTHING) / (sums[1] + DICE_SMOOTHING)
+
+
 class JointLoss(nn.Module):
     """Join the five losses by learned weights: the sum of L_j / (2 lambda_j^2) + log(1 + lambda_j^2) (Eq. 17).
 
-    A class that is absent from the image has no box and no shape: the two embedding losses, Dice and Shape Distance
-    average over the present prompts, cross-entropy over all.
+    A class that is absent from the image has no box and no shape: the two embedding losses and Shape Distance average
+    over the present prompts, cross-entropy over all. Dice is either pooled over all prompts of the batch, as Eq. 14
+    says, or averaged over the present ones.
 
     Args:
         losses: which of `LOSS_NAMES` take part, in the order of their weights.
         weighting: `uncertainty` for Eq. 17, `fixed` for the plain sum (the ablation of Table 7).
+        dice: `pooled` over all prompts, or `each` present prompt by itself, which weighs small organs like large ones
+            (as the group's other public training code does).
 
     Attributes:
         weights: lambda, `(J,)`, all 1 at the start.
@@ -76,6 +103,7 @@ class JointLoss(nn.Module):
         *,
         losses: tuple[str, ...] | list[str] = LOSS_NAMES,
         weighting: Literal["uncertainty", "fixed"] = "uncertainty",
+        dice: Literal["pooled", "each"] = "pooled",
     ) -> None:
         super().__init__()
         unknown = set(losses) - set(LOSS_NAMES)
@@ -83,9 +111,12 @@ class JointLoss(nn.Module):
             raise ConfigError(f"losses must be some of {', '.join(LOSS_NAMES)}, each once, not {list(losses)}")
         if weighting not in ("uncertainty", "fixed"):
             raise ConfigError(f"weighting is 'uncertainty' or 'fixed', not '{weighting}'")
+        if dice not in ("pooled", "each"):
+            raise ConfigError(f"dice is 'pooled' or 'each', not '{dice}'")
         self.losses = tuple(losses)
         self.weighting = weighting
         self.weights = nn.Parameter(torch.ones(len(self.losses)), requires_grad=weighting == "uncertainty")
+        self.pools_dice = dice == "pooled"
         self.dice = DiceLoss(
             sigmoid=True, squared_pred=True, smooth_nr=DICE_SMOOTHING, smooth_dr=DICE_SMOOTHING, reduction="none"
         )
@@ -123,12 +154,18 @@ class JointLoss(nn.Module):
             "cross_entropy_absent": mean_over(entropy, ~present),
         }
         if "dice" in self.losses:
-            dice = self.dice(logits.unsqueeze(1), mask.unsqueeze(1)).flatten()  # (B K, 1, 1, 1) -> (B K,), Eq. 14
-            parts["dice"] = mean_over(dice, present)
+            parts["dice"] = self._dice(logits, mask, present)
         if "shape_distance" in self.losses:
             shape = self.shape_distance(logits, targets.distance.flatten(0, 1))  # Eq. 16
             parts["shape_distance"] = mean_over(shape, present)
         return parts | self._embedding_parts(prediction, present)
+
+    def _dice(self, logits: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Compute the Dice loss of N prompts (N, S, S) in the form chosen."""
+        if self.pools_dice:
+            return pooled_dice(torch.sigmoid(logits), mask)
+        each = self.dice(logits.unsqueeze(1), mask.unsqueeze(1)).flatten()  # (N, 1, 1, 1) -> (N,)
+        return mean_over(each, present)
 
     def _embedding_parts(self, prediction: MaskPrediction, present: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compare the generated prompts with the teacher's for the true box (Eqs. 13a and 13b)."""

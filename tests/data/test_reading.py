@@ -74,9 +74,10 @@ def _save_dicom_slice(path, pixels, *, z, series, modality):
 def _save_dicom_series(folder, voxels, *, series=1, modality="CT", prefix="a", suffix=".dcm", step=2.5):
     """Save (Z, Y, X) so that the alphabetical order of the files is not the order of the slices."""
     folder.mkdir(exist_ok=True)
-    for index, pixels in enumerate(voxels):
-        name = f"{prefix}{(index * 3) % len(voxels)}{suffix}"
-        _save_dicom_slice(folder / name, pixels, z=30 + step * index, series=series, modality=modality)
+    indices = [*range(0, len(voxels), 2), *range(1, len(voxels), 2)]
+    for number, index in enumerate(indices):
+        path = folder / f"{prefix}{number}{suffix}"
+        _save_dicom_slice(path, voxels[index], z=30 + step * index, series=series, modality=modality)
     return folder
 
 
@@ -359,6 +360,13 @@ def test_two_series_in_one_folder(tmp_path, random):
         read_image(folder)
 
 
+def test_slices_of_another_size_in_a_series_are_a_volume_of_their_own(tmp_path, random):
+    folder = _save_dicom_series(tmp_path / "scan", random.integers(0, 100, (3, 6, 9)), prefix="a")
+    for index in range(2):
+        _save_dicom_slice(folder / f"b{index}.dcm", np.ones((4, 5)), z=-50.0 - index, series=1, modality="CT")
+    assert [read_image(item.image).shape for item in find_inputs(folder)] == [(1, 9, 6, 3), (1, 5, 4, 2)]
+
+
 def test_no_patient_tag_gets_in(tmp_path, random, caplog, capfd):
     folder = _save_dicom_series(tmp_path / "scan", random.integers(0, 100, (3, 6, 9)))
     stored = b"".join(file.read_bytes() for file in folder.iterdir())
@@ -565,11 +573,10 @@ def test_relative_paths(tmp_path, random, monkeypatch):
 
 
 def test_names_are_unique(tmp_path):
-    for name in ("a.png", "a.jpg", "A.bmp", "a_2.png"):
+    for name in ("a.png", "a.jpg", "A.bmp", "a_2.png", "Bb.png", "bB.png"):
         _save_picture(tmp_path / name, np.zeros((3, 3), np.uint8))
     names = [item.name for item in find_inputs(tmp_path)]
-    assert len({name.casefold() for name in names}) == 4
-    assert len(names) == 4
+    assert len({name.casefold() for name in names}) == len(names) == 6
 
 
 def test_folder_without_input(tmp_path):
@@ -653,6 +660,13 @@ def test_planar_labels_are_compared_by_shape_only(tmp_path, random):
     image = random.normal(size=(4, 5, 1))
     case = _label_case(tmp_path, image, np.ones((4, 5, 1), np.uint8), label_affine=np.eye(4))
     assert LoadLabeld([4])(case)["label"].sum() == 20
+
+
+def test_pictures_may_label_a_volume(tmp_path, random):
+    paths = [_save_picture(tmp_path / f"m{k}.png", np.full((5, 4), k, np.uint8)) for k in range(3)]
+    image = _save_nifti(tmp_path / "image.nii.gz", random.normal(size=(4, 5, 3)))
+    case = LoadImageCased()({"image": image, "label": paths, "label_map": {1: 1, 2: 2}})
+    assert LoadLabeld([1, 2])(case)["label"].sum((1, 2)).tolist() == [[0, 20, 0], [0, 0, 20]]
 
 
 def test_label_follows_its_image_through_orientation_and_back(tmp_path, random):

@@ -358,6 +358,7 @@ def test_nothing_to_average() -> None:
         (np.ones((2, 3), bool), np.ones((2, 3), bool), (1, 1, 1), 2, InputError, "2 positive distances"),
         (np.ones((2, 3), bool), np.ones((2, 3), bool), (1, 0), 2, InputError, "2 positive distances"),
         (np.ones((2, 3), bool), np.ones((2, 3), bool), (1, math.nan), 2, InputError, "2 positive distances"),
+        (np.ones((2, 3), bool), np.ones((2, 3), bool), (math.inf, 1), 2, InputError, "2 positive distances"),
         (np.ones((2, 3), bool), np.ones((2, 3), bool), (1, 1), -1, ConfigError, "at least 0, got -1"),
         (np.ones((2, 3), bool), np.ones((2, 3), bool), (1, 1), math.inf, ConfigError, "at least 0, got inf"),
     ],

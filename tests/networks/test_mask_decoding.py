@@ -1,0 +1,137 @@
+"""The mask decoder for prompts of many images, against segment_anything's own, one image and one prompt at a time."""
+
+import pytest
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+
+from scripts.networks.mask_decoding import PromptMaskDecoder, build_mask_decoder, build_prompt_encoder
+from scripts.networks.prompts import PromptEmbeddings
+
+GRID = 4
+PUBLISHED_PARAMETERS = {"mask_decoder": 4_058_340, "prompt_encoder": 6_220}
+
+
+@pytest.fixture(scope="module")
+def decoder() -> PromptMaskDecoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_mask_decoder().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def sam(decoder: PromptMaskDecoder) -> MaskDecoder:
+    """SAM's own decoder with the same weights."""
+    transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
+    own = MaskDecoder(transformer_dim=256, transformer=transformer)
+    own.load_state_dict(decoder.state_dict())
+    return own.requires_grad_(False)
+
+
+def positions() -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return build_prompt_encoder(grid_size=GRID, image_size=64).get_dense_pe()
+
+
+def random_prompts(generator: torch.Generator, count: int, tokens: int = 2) -> PromptEmbeddings:
+    sparse = torch.randn((count, tokens, 256), generator=generator)
+    return PromptEmbeddings(sparse, torch.randn((count, 256, GRID, GRID), generator=generator))
+
+
+def one_by_one(sam: MaskDecoder, images: torch.Tensor, prompts: PromptEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt i over image i by segment_anything's published call, a batch of one each."""
+    answers = [
+        sam(
+            image_embeddings=images[i : i + 1],
+            image_pe=positions(),
+            sparse_prompt_embeddings=prompts.sparse[i : i + 1],
+            dense_prompt_embeddings=prompts.dense[i : i + 1],
+            multimask_output=False,
+        )
+        for i in range(len(images))
+    ]
+    return torch.cat([masks[:, 0] for masks, _ in answers]), torch.cat([quality[:, 0] for _, quality in answers])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_batch_of_images_is_sams_own_decoder_one_by_one(decoder, sam, count, generator):
+    images = torch.randn((count, 256, GRID, GRID), generator=generator)
+    prompts = random_prompts(generator, count)
+    logits, quality = decoder(images, positions(), prompts)
+    expected_logits, expected_quality = one_by_one(sam, images, prompts)
+    assert logits.shape == (count, 4 * GRID, 4 * GRID)
+    assert quality.shape == (count,)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quality, expected_quality, rtol=1e-4, atol=1e-5)
+
+
+def test_several_images_with_several_prompts_each(decoder, sam, generator):
+    images = torch.randn((2, 256, GRID, GRID), generator=generator).repeat_interleave(3, dim=0)
+    prompts = random_prompts(generator, 6)
+    logits, quality = decoder(images, positions(), prompts)
+    expected_logits, expected_quality = one_by_one(sam, images, prompts)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quality, expected_quality, rtol=1e-4, atol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3  # the prompts differ
+    assert (logits[0] - logits[3]).abs().max() > 1e-3  # and so do the images
+
+
+def test_the_prompts_of_one_image_are_sams_own_call_for_many_prompts(decoder, sam, generator):
+    image = torch.randn((1, 256, GRID, GRID), generator=generator)
+    prompts = random_prompts(generator, 3)
+    masks, quality = sam(image, positions(), prompts.sparse, prompts.dense, multimask_output=False)
+    logits, own_quality = decoder(image.expand(3, -1, -1, -1), positions(), prompts)
+    torch.testing.assert_close(logits, masks[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own_quality, quality[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_gives_what_its_rows_give_alone(decoder, generator):
+    images = torch.randn((3, 256, GRID, GRID), generator=generator)
+    prompts = random_prompts(generator, 3)
+    logits, quality = decoder(images, positions(), prompts)
+    for i in range(3):
+        row = slice(i, i + 1)
+        alone = decoder(images[row], positions(), PromptEmbeddings(prompts.sparse[row], prompts.dense[row]))
+        torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(quality[row], alone[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_any_number_of_tokens(decoder, sam, tokens, generator):
+    images = torch.randn((2, 256, GRID, GRID), generator=generator)
+    prompts = random_prompts(generator, 2, tokens)
+    logits, _ = decoder(images, positions(), prompts)
+    torch.testing.assert_close(logits, one_by_one(sam, images, prompts)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_that_is_not_square(decoder, sam, generator):
+    image = torch.randn((1, 256, 2, 5), generator=generator)
+    place = torch.randn((1, 256, 2, 5), generator=generator)
+    sparse, dense = torch.randn((1, 2, 256), generator=generator), torch.randn((1, 256, 2, 5), generator=generator)
+    logits, _ = decoder(image, place, PromptEmbeddings(sparse, dense))
+    masks, _ = sam(image, place, sparse, dense, multimask_output=False)
+    assert logits.shape == (1, 8, 20)
+    torch.testing.assert_close(logits, masks[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_names_and_shapes_are_those_of_the_published_parts():
+    with torch.device("meta"):
+        own = {
+            "mask_decoder": build_mask_decoder(),
+            "prompt_encoder": build_prompt_encoder(grid_size=64, image_size=256),
+        }
+        transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
+        published = {
+            "mask_decoder": MaskDecoder(transformer_dim=256, transformer=transformer),
+            "prompt_encoder": PromptEncoder(256, (64, 64), (256, 256), 16),
+        }
+    for part, module in own.items():
+        shapes = {name: value.shape for name, value in module.state_dict().items()}
+        assert shapes == {name: value.shape for name, value in published[part].state_dict().items()}
+        assert sum(parameter.numel() for parameter in module.parameters()) == PUBLISHED_PARAMETERS[part]
+
+
+def test_the_prompt_encoder_knows_the_frame_of_the_boxes():
+    encoder = build_prompt_encoder(grid_size=4, image_size=96)
+    assert encoder.input_image_size == (96, 96)
+    assert encoder.get_dense_pe().shape == (1, 256, 4, 4)
