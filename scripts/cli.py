@@ -1,24 +1,31 @@
 """The command line: every verb calls a config or a function of the bundle and says in one line what went wrong."""
 
 import difflib
+import functools
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fire
+from fire.decorators import SetParseFns
+from tqdm import tqdm
 
-from scripts.errors import ConfigError
+from scripts.errors import CheckpointError, ConfigError
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = BUNDLE_ROOT / "configs"
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+HELP = ("-h", "--help")
+JSON_WORDS = {"true": True, "false": False, "null": None, "none": None}  # Fire knows only Python's spelling
+STATS_LOGGER = "monai.handlers.StatsHandler"
 
 
+@SetParseFns(source=str, modality=str, output=str, checkpoint=str)
 def infer(
     source: str,
     *,
@@ -42,6 +49,8 @@ def infer(
         force: accept classes that were not trained in this modality.
         overrides: further settings of configs/inference.json.
     """
+    model = _of_checkpoint(checkpoint, with_trained=True)
+    _require_sense(classes, modality, trained=model["trained"], force=force)
     folder = _writable(output)
     settings = {
         "dataset_dir": str(Path(source).absolute()),
@@ -51,10 +60,11 @@ def infer(
         "probability_maps": probability_maps,
         "force": force,
     }
-    _run(["inference.json"], {**settings, **_of_checkpoint(checkpoint, with_trained=True), **overrides})
+    _run(["inference.json"], {**settings, **model, **overrides})
     return f"label maps, names and pictures are in {folder}"
 
 
+@SetParseFns(datalist=str, output=str, resume=str)
 def train(
     datalist: str,
     *,
@@ -90,6 +100,7 @@ def train(
     return f"the best network is {folder / 'model.pt'}; its way there is in epochs.csv and losses.csv"
 
 
+@SetParseFns(datalist=str, checkpoint=str, section=str, output=str)
 def evaluate(
     datalist: str,
     *,
@@ -125,6 +136,7 @@ def evaluate(
     return f"{render_table(summary)}\nevery case's scores are in {folder / 'metrics.csv'}"
 
 
+@SetParseFns(output=str)
 def phantoms(
     output: str,
     *,
@@ -169,6 +181,7 @@ def classes() -> str:
     return "\n".join(lines)
 
 
+@SetParseFns(model=str, output=str)
 def half(model: str, *, output: str) -> str:
     """Copy a model and its card in half precision, for half the file.
 
@@ -188,6 +201,7 @@ def half(model: str, *, output: str) -> str:
     return f"wrote {output}"
 
 
+@SetParseFns(output=str)
 def demo(*, output: str = "runs/demo") -> str:
     """Make phantoms, train on them, score unseen ones and segment one of them: the bundle's whole way, in minutes.
 
@@ -202,9 +216,12 @@ def demo(*, output: str = "runs/demo") -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; errors that a user can mend become one line and exit code 1."""
     _quieten()
-    verbs = [infer, train, evaluate, phantoms, classes, half, demo]
+    verbs = {verb.__name__: _later(verb) for verb in (infer, train, evaluate, phantoms, classes, half, demo)}
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if any(word in HELP for word in words):  # also behind other arguments, where Fire would take it for a setting
+        words = [*(word for word in words[:1] if word in verbs), "--", "--help"]
     try:
-        fire.Fire({verb.__name__: verb for verb in verbs}, command=arguments, name="automedsam")
+        fire.Fire(verbs, command=words, name="automedsam", serialize=_perform)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -216,19 +233,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(" ".join(str(reason).split()), 1)
 
 
+class _Task:
+    """A verb with its arguments, which runs once Fire has understood every word of the command.
+
+    Fire itself would run the verb first, minutes perhaps, and then complain about a word that it cannot place.
+    """
+
+    def __init__(self, action: Callable[[], str]) -> None:
+        self._action = action
+
+
+def _later(verb: Callable[..., str]) -> Callable[..., _Task]:
+    """Make a task of a verb, with the same arguments and help."""
+
+    @functools.wraps(verb)
+    def prepare(*arguments: Any, **settings: Any) -> _Task:
+        return _Task(functools.partial(verb, *arguments, **settings))
+
+    return prepare
+
+
+def _perform(result: Any) -> Any:
+    """Run a task and give what it says; without a verb, Fire shows the verbs."""
+    return result._action() if isinstance(result, _Task) else result
+
+
 def _fail(reason: str, code: int) -> None:
+    """Say in one line why, below whatever progress bars are open."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     sys.stderr.write(f"automedsam: {reason}\n")
     sys.exit(code)
 
 
+class _AboveBars(logging.Handler):
+    """Writes log lines to the error stream without tearing progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _quieten() -> None:
     """Show what the bundle says, and of the libraries only warnings."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_AboveBars()])
     logging.getLogger("scripts").setLevel(logging.INFO)
     # Ignite reports an exception that is reported again, in words, at the end.
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     for name in ("monai.bundle.workflows", "monai.bundle.config_parser"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    # The scores of each epoch without the date; exceptions are reported in words, at the end.
+    scores = logging.getLogger(STATS_LOGGER)
+    if not scores.handlers:
+        scores.addHandler(_AboveBars())
+        scores.addFilter(lambda record: not record.exc_info)
     # MONAI reminds at each start that configs are code; these are the bundle's own.
     warnings.filterwarnings("ignore", message=".*GHSA.*")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
@@ -250,17 +308,46 @@ def _run(configs: Sequence[str | Path], overrides: dict[str, Any]) -> Any:
         workflow_type="train" if "train.json" in configs else "infer",
         bundle_root=str(BUNDLE_ROOT),
     )
-    known = list(workflow.parser.get())
+    known = workflow.parser.get()
     for name in overrides:
         if name.split("#")[0].split("::")[0] not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, list(known), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"there is no setting '{name}' in {', '.join(Path(file).name for file in files)}{hint}")
-    workflow.parser.update(overrides)
+    workflow.parser.update({name: _as_json(value, known.get(name)) for name, value in overrides.items()})
     workflow.initialize()
     workflow.run()
     workflow.finalize()
     return workflow
+
+
+def _as_json(value: Any, default: Any) -> Any:
+    """Read a setting as a config would: `false` is no text, and where a list stands, one value is a list of one."""
+    if isinstance(value, str) and value.lower() in JSON_WORDS:
+        return JSON_WORDS[value.lower()]
+    if isinstance(value, tuple):
+        return list(value)
+    return [value] if isinstance(default, list) and isinstance(value, int | float) else value
+
+
+def _require_sense(
+    asked: str | Sequence[str | int] | None,
+    modality: str | None,
+    *,
+    trained: Mapping[str, Sequence[str]],
+    force: bool,
+) -> None:
+    """Refuse at once what no image could be asked for, instead of once for each.
+
+    Raises:
+        PromptError: an unknown class or modality, or a class that was not trained there.
+    """
+    from scripts.data.vocabulary import Vocabulary, choose_classes, parse_prompts
+
+    prompts = parse_prompts(asked)
+    if prompts is not None or modality is not None:
+        vocabulary = Vocabulary.read(CONFIGS / "classes.yaml")
+        choose_classes(vocabulary, prompts=prompts, modality=modality, trained=trained, force=force)
 
 
 def _writable(path: str | Path) -> Path:
@@ -275,6 +362,8 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
     from scripts.networks.model_card import ModelCard
 
     path = SHIPPED_MODEL if checkpoint is None else Path(checkpoint).absolute()
+    if not path.is_file():
+        raise CheckpointError(f"there is no weights file {path}: check the path; training writes model.pt")
     card = ModelCard.beside(path)
     return {"checkpoint": str(path), **card.network, **({"trained": card.trained} if with_trained else {})}
 

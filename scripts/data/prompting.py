@@ -53,8 +53,11 @@ class ChooseClassesd(Transform):
 
     def _only_modality(self, chosen: Sequence[int]) -> str:
         """Find the one modality in which all the classes were trained."""
-        names = {self.vocabulary.entry(class_id).name for class_id in chosen}
-        fitting = [modality for modality, known in self.trained.items() if names <= set(known)]
+        known = {
+            self.vocabulary.modality(modality).name: {self.vocabulary.resolve(name).id for name in names}
+            for modality, names in self.trained.items()
+        }
+        fitting = [modality for modality, ids in known.items() if set(chosen) <= ids]
         if len(fitting) != 1:
             choices = ", ".join(fitting or self.vocabulary.modality_names)
             raise PromptError(f"The image's modality is unknown: give --modality, one of {choices}.")

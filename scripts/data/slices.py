@@ -142,8 +142,9 @@ class PromptedSlices(Dataset):
                 "absent_share lies in 0...1 and classes_per_image is at least 1, "
                 f"not {absent_share} and {classes_per_image}"
             )
-        self.cases = CacheDataset(data, transform, progress=True, num_workers=None)
         self.class_ids = np.array(sorted(class_ids))
+        self._require_questions(data)
+        self.cases = CacheDataset(data, transform, progress=True, num_workers=None)
         self.classes_per_image = classes_per_image
         self.absent_share = absent_share
         self.box_growth = box_growth
@@ -190,17 +191,21 @@ class PromptedSlices(Dataset):
             "noise_seed": torch.tensor(rng.integers(LARGEST_SEED)),
         }
 
+    def _require_questions(self, data: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a case that tells about none of the classes, before any file is read."""
+        for case in data:
+            if not np.isin(self.class_ids, case["annotated"]).any():
+                raise InputError(
+                    f"case {case['case']}: annotates the classes {list(case['annotated'])}, but the network is to "
+                    f"learn {self.class_ids.tolist()}; give the case a label of these, or set class_ids to the "
+                    "classes of the datalist"
+                )
+
     def _index(self) -> tuple[list[tuple[int, int]], np.ndarray]:
         """List all slices as (case, slice), and which classes each has."""
         places, present = [], []
         for number in range(len(self.cases)):
-            case = self.cases[number]
-            if not np.isin(self.class_ids, case["annotated"]).any():
-                raise InputError(
-                    f"case {case['case']}: annotates classes {list(case['annotated'])}, but the network is asked for "
-                    f"{self.class_ids.tolist()}; set class_ids to the classes of the datalist"
-                )
-            found = case["label"].bool().flatten(2).any(dim=2).numpy()  # (D, K, S, S) -> (D, K)
+            found = self.cases[number]["label"].bool().flatten(2).any(dim=2).numpy()  # (D, K, S, S) -> (D, K)
             places += [(number, place) for place in range(len(found))]
             present.append(found)
         if not places:

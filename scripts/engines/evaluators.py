@@ -1,13 +1,14 @@
 """MONAI's evaluator for whole cases, which outlives one that cannot be used."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 
+from scripts.engines.processes import gathered
 from scripts.errors import AutoMedSAMError, InputError
 
 FAILURE = "failure"
@@ -42,7 +43,7 @@ class CaseEvaluator(SupervisedEvaluator):
     decollation takes lists apart, both of which a case's entries may be.
 
     Attributes:
-        failures: case name -> reason.
+        failures: case name -> reason; after a run, those of all processes together.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,13 +59,24 @@ class CaseEvaluator(SupervisedEvaluator):
         return {}
 
     def _register_decollate(self) -> None:
-        """Hand the case and its output to postprocessing and metrics as lists of one."""
+        """Hand the case and its output to postprocessing and metrics as lists of one; end a run without any."""
 
         @self.on(IterationEvents.MODEL_COMPLETED)
         def take_apart(engine: Engine) -> None:
             state: Any = engine.state
             # The prediction alone: the case keeps its own image and label, which know their geometry.
             state.batch, state.output = [state.batch], [{"pred": state.output["pred"][0]}]
+
+        # Registered before the metrics, which could only say that there is nothing to score.
+        @self.on(Events.EPOCH_COMPLETED)
+        def give_up(engine: Engine) -> None:
+            if len(self.failures) == engine.state.epoch_length:
+                self.raise_failures()
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Evaluate all cases, and let every process know what failed in any."""
+        super().run(global_epoch)
+        self.failures = {case: reason for part in gathered(self.failures) for case, reason in part.items()}
 
     def raise_failures(self) -> None:
         """End with an error that names the cases which failed, where there are any.
@@ -73,5 +85,6 @@ class CaseEvaluator(SupervisedEvaluator):
             InputError: naming each case and its reason.
         """
         if self.failures:
-            reasons = "; ".join(self.failures.values())
-            raise InputError(f"{len(self.failures)} of {self.state.epoch_length} cases failed: {reasons}")
+            reasons = "; ".join(f"{case} ({reason})" for case, reason in self.failures.items())
+            count = len(cast(Any, self.data_loader).dataset)  # of all processes
+            raise InputError(f"{len(self.failures)} of {count} cases failed: {reasons}")

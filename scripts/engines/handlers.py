@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from scripts.errors import CheckpointError, ConfigError, TrainingError
 from scripts.files import atomic_path
 from scripts.losses.joint import JointLoss
-from scripts.networks.checkpoints import load_weights, save_state_dict
+from scripts.networks.checkpoints import DAMAGE, load_weights, save_state_dict
 
 logger = logging.getLogger(__name__)
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory")  # CUDA's and the CPU allocator's own words
@@ -114,8 +113,8 @@ class JointLossHandler:
         if idist.get_world_size() > 1:
             for parameter in self.loss.parameters():
                 if parameter.grad is not None:
-                    idist.all_reduce(parameter.grad)
-                    parameter.grad /= idist.get_world_size()
+                    total = cast(torch.Tensor, idist.all_reduce(parameter.grad))  # in place, or on another device
+                    parameter.grad = total / idist.get_world_size()
 
     def record(self, engine: SupervisedTrainer) -> None:
         """Write down one iteration."""
@@ -246,7 +245,7 @@ class ExplainOutOfMemory:
         Raises:
             TrainingError: naming the settings to lower.
         """
-        if any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
             used = ", ".join(f"{name} {value}" for name, value in self.settings.items())
             raise TrainingError(f"memory ran out; lower one of: {used}") from error
         raise error
@@ -317,7 +316,7 @@ class SaveLast:
     """Keep what a run needs to go on, after every epoch, in one file that is whole at any moment.
 
     Args:
-        objects: name -> object with `state_dict`; the trainer itself is added.
+        objects: name -> object with `state_dict`; the trainer itself and its loss scaler are added.
         path: of the file.
     """
 
@@ -329,11 +328,11 @@ class SaveLast:
         """Run after each epoch, behind validation and scheduler."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         """Save."""
         if idist.get_rank() != 0:
             return
-        states = {name: item.state_dict() for name, item in {**self.objects, "trainer": engine}.items()}
+        states = {name: item.state_dict() for name, item in _with_trainer(self.objects, engine).items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()  # torch.save reports a full disk as RuntimeError; writing bytes as OSError
         torch.save(states, content)
@@ -357,7 +356,7 @@ class ResumeFrom:
         """Run when the engine starts."""
         engine.add_event_handler(Events.STARTED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         """Load.
 
         Raises:
@@ -366,16 +365,31 @@ class ResumeFrom:
         max_epochs = engine.state.max_epochs
         try:
             states = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name, item in {**self.objects, "trainer": engine}.items():
+            self._require_same_length(engine, states["trainer"]["epoch_length"])
+            for name, item in _with_trainer(self.objects, engine).items():
                 item.load_state_dict(states[name])
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"there is no {self.path} to resume from; a run writes it after its first epoch"
             ) from error
-        except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
+        except DAMAGE as error:
             raise CheckpointError(f"{self.path} is not the last state of a run with these settings: {error}") from error
         engine.state.max_epochs = max_epochs  # what was asked for now, not then
         logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path.name)
+
+    def _require_same_length(self, engine: Engine, found: int) -> None:
+        """Refuse a run over other data or batches, whose epochs would begin and end in the wrong place."""
+        if found != engine.state.epoch_length:
+            raise CheckpointError(
+                f"{self.path} is of a run with {found} iterations an epoch, and this one has "
+                f"{engine.state.epoch_length}: resume with the same datalist, batch_size and number of processes"
+            )
+
+
+def _with_trainer(objects: Mapping[str, Any], engine: SupervisedTrainer) -> dict[str, Any]:
+    """Add to what a run keeps what belongs to every run; the scaler is there with AMP only."""
+    scaler = {} if engine.scaler is None else {"scaler": engine.scaler}
+    return {**objects, **scaler, "trainer": engine}
 
 
 class SaveBest:

@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.data.utils import affine_to_spacing
 from monai.utils import convert_to_numpy
 
 from scripts.data.vocabulary import Vocabulary
+from scripts.engines.processes import gathered
 from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, Summary, score_case, summarise
 from scripts.report.tables import render_table, write_scores_csv, write_summary_json
 
@@ -69,7 +70,7 @@ class CaseScores(Metric):
 
     def compute(self) -> float:
         """Give the mean DSC over the classes, of all processes' cases together."""
-        self.scores = _gathered(self.scores)
+        self.scores = _merged(gathered(self.scores))
         return self.summary().dsc
 
     def completed(self, engine: Engine, name: str) -> None:
@@ -119,7 +120,7 @@ class ReportScores:
 
     def __call__(self, engine: Engine) -> None:
         """Write the files, and the table into the log."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if idist.get_rank() != 0:
             return
         summary = self.scores.summary()
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -132,11 +133,10 @@ def _as_masks(channels: torch.Tensor) -> np.ndarray:
     return convert_to_numpy(channels).astype(bool)
 
 
-def _gathered(scores: list[ClassScore]) -> list[ClassScore]:
-    """Collect the scores of all processes; a case that two of them had, to fill up their share, counts once."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return scores
-    everyone: list[list[ClassScore]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, scores)
-    unique = {(score.case, score.class_id): score for part in everyone for score in part}
+def _merged(parts: Sequence[Sequence[ClassScore]]) -> list[ClassScore]:
+    """Order the scores of all processes by case and class, so that the number of processes does not show.
+
+    A case that two of them had, to fill up their share, counts once.
+    """
+    unique = {(score.case, score.class_id): score for part in parts for score in part}
     return [unique[key] for key in sorted(unique)]
