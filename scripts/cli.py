@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fire
-from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from scripts.errors import CheckpointError, ConfigError
@@ -22,10 +22,10 @@ SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 HELP = ("-h", "--help")
 JSON_WORDS = {"true": True, "false": False, "null": None, "none": None}  # Fire knows only Python's spelling
+CONFIG_SIGNS = ("$", "@", "%")  # a setting that begins so is an expression, a reference or a macro
 STATS_LOGGER = "monai.handlers.StatsHandler"
 
 
-@SetParseFns(source=str, modality=str, output=str, checkpoint=str)
 def infer(
     source: str,
     *,
@@ -64,7 +64,6 @@ def infer(
     return f"label maps, names and pictures are in {folder}"
 
 
-@SetParseFns(datalist=str, output=str, resume=str)
 def train(
     datalist: str,
     *,
@@ -100,7 +99,6 @@ def train(
     return f"the best network is {folder / 'model.pt'}; its way there is in epochs.csv and losses.csv"
 
 
-@SetParseFns(datalist=str, checkpoint=str, section=str, output=str)
 def evaluate(
     datalist: str,
     *,
@@ -136,7 +134,6 @@ def evaluate(
     return f"{render_table(summary)}\nevery case's scores are in {folder / 'metrics.csv'}"
 
 
-@SetParseFns(output=str)
 def phantoms(
     output: str,
     *,
@@ -181,7 +178,6 @@ def classes() -> str:
     return "\n".join(lines)
 
 
-@SetParseFns(model=str, output=str)
 def half(model: str, *, output: str) -> str:
     """Copy a model and its card in half precision, for half the file.
 
@@ -201,7 +197,6 @@ def half(model: str, *, output: str) -> str:
     return f"wrote {output}"
 
 
-@SetParseFns(output=str)
 def demo(*, output: str = "runs/demo") -> str:
     """Make phantoms, train on them, score unseen ones and segment one of them: the bundle's whole way, in minutes.
 
@@ -217,11 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; errors that a user can mend become one line and exit code 1."""
     _quieten()
     verbs = {verb.__name__: _later(verb) for verb in (infer, train, evaluate, phantoms, classes, half, demo)}
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if any(word in HELP for word in words):  # also behind other arguments, where Fire would take it for a setting
-        words = [*(word for word in words[:1] if word in verbs), "--", "--help"]
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        fire.Fire(verbs, command=words, name="automedsam", serialize=_perform)
+        fire.Fire(verbs, command=_for_fire(words, verbs), name="automedsam", serialize=_perform)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -241,6 +234,31 @@ class _Task:
 
     def __init__(self, action: Callable[[], str]) -> None:
         self._action = action
+
+
+def _for_fire(words: Sequence[str], verbs: Mapping[str, Callable[..., _Task]]) -> list[str]:
+    """Word a command so that Fire takes it as it is meant.
+
+    Help is help behind other words too, where Fire would take it for a setting. And what a verb takes as text is
+    quoted, or Fire would make a number of a folder called 2024.10.
+    """
+    verb = list(words[:1])
+    if any(word in HELP for word in words):
+        return [*(name for name in verb if name in verbs), "--", "--help"]
+    if verb == [] or verb[0] not in verbs:
+        return list(words)
+    parameters = inspect.signature(verbs[verb[0]]).parameters
+    texts = {"", *(name for name, entry in parameters.items() if entry.annotation in (str, str | None))}
+    flag = ""  # whose value the next word is; a path stands without one
+    for word in words[1:]:
+        name, equals, value = word.lstrip("-").partition("=") if word.startswith("--") else (flag, "", word)
+        is_text = name.replace("-", "_") in texts
+        if equals and is_text:
+            verb.append(f"--{name}={value!r}")
+        else:
+            verb.append(repr(word) if is_text and not word.startswith("-") else word)
+        flag = name if word.startswith("--") and not equals else ""
+    return verb
 
 
 def _later(verb: Callable[..., str]) -> Callable[..., _Task]:
@@ -282,6 +300,8 @@ def _quieten() -> None:
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     for name in ("monai.bundle.workflows", "monai.bundle.config_parser"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    # `evaluate` prints the table itself.
+    logging.getLogger("scripts.engines.scoring").setLevel(logging.WARNING)
     # The scores of each epoch without the date; exceptions are reported in words, at the end.
     scores = logging.getLogger(STATS_LOGGER)
     if not scores.handlers:
@@ -325,6 +345,9 @@ def _as_json(value: Any, default: Any) -> Any:
     """Read a setting as a config would: `false` is no text, and where a list stands, one value is a list of one."""
     if isinstance(value, str) and value.lower() in JSON_WORDS:
         return JSON_WORDS[value.lower()]
+    if isinstance(value, str) and "#" in value and not value.startswith(CONFIG_SIGNS):
+        # In a config # divides ids and @ refers to one; in a path they are letters.
+        return "$" + repr(value).replace("#", r"\x23").replace("@", r"\x40")
     if isinstance(value, tuple):
         return list(value)
     return [value] if isinstance(default, list) and isinstance(value, int | float) else value
@@ -365,7 +388,7 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
     if not path.is_file():
         raise CheckpointError(f"there is no weights file {path}: check the path; training writes model.pt")
     card = ModelCard.beside(path)
-    return {"checkpoint": str(path), **card.network, **({"trained": card.trained} if with_trained else {})}
+    return {"checkpoint": str(path), **card.network, **card.preprocessing, **({"trained": card.trained} if with_trained else {})}
 
 
 def _annotated_ids(datalist: Path, dataset_dir: str | Path) -> list[int]:

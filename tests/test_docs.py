@@ -51,10 +51,11 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def code_lines(text):
-    """The lines of the fenced blocks that are commands, continued ones joined."""
+def command_lines(text):
+    """The commands of the fenced blocks, continued lines joined."""
     blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.match(r"\S*(?:automedsam|python|torchrun) ", line)]
 
 
 def override_keys(content):
@@ -153,7 +154,7 @@ def parameters_of(target):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_the_bundle_exist_and_take_their_options(bundle_root, document):
     settings = {key for name in MAIN_CONFIGS for key in override_keys(config(bundle_root, name))}
-    for line in code_lines(text_of(bundle_root, document)):
+    for line in command_lines(text_of(bundle_root, document)):
         words = shlex.split(line, comments=True)
         options = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         verb = verb_of(words)

@@ -122,7 +122,7 @@ class SaveImageSegmentationd(Transform):
             "folder": folder,
             "stem": str(data["case"]),
             "affine": np.asarray(meta["original_affine"], dtype=float),
-            "planar": bool(meta["planar"]),
+            "planar": bool(meta["picture"]),
         }
         path = write_label_map(convert_to_numpy(data["pred"])[0].astype(np.uint8), **place)
         if self.probability_maps:

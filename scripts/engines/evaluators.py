@@ -59,7 +59,7 @@ class CaseEvaluator(SupervisedEvaluator):
         return {}
 
     def _register_decollate(self) -> None:
-        """Hand the case and its output to postprocessing and metrics as lists of one; end a run without any."""
+        """Hand the case and its output to postprocessing and metrics as lists of one."""
 
         @self.on(IterationEvents.MODEL_COMPLETED)
         def take_apart(engine: Engine) -> None:
@@ -67,16 +67,14 @@ class CaseEvaluator(SupervisedEvaluator):
             # The prediction alone: the case keeps its own image and label, which know their geometry.
             state.batch, state.output = [state.batch], [{"pred": state.output["pred"][0]}]
 
-        # Registered before the metrics, which could only say that there is nothing to score.
-        @self.on(Events.EPOCH_COMPLETED)
-        def give_up(engine: Engine) -> None:
-            if len(self.failures) == engine.state.epoch_length:
-                self.raise_failures()
+        # Before the metrics, which could only say that there is nothing to score.
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._share_failures)
 
-    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-        """Evaluate all cases, and let every process know what failed in any."""
-        super().run(global_epoch)
+    def _share_failures(self) -> None:
+        """Let every process know what failed in any, and stop where everything did."""
         self.failures = {case: reason for part in gathered(self.failures) for case, reason in part.items()}
+        if len(self.failures) == self._case_count():
+            self.raise_failures()
 
     def raise_failures(self) -> None:
         """End with an error that names the cases which failed, where there are any.
@@ -86,5 +84,8 @@ class CaseEvaluator(SupervisedEvaluator):
         """
         if self.failures:
             reasons = "; ".join(f"{case} ({reason})" for case, reason in self.failures.items())
-            count = len(cast(Any, self.data_loader).dataset)  # of all processes
-            raise InputError(f"{len(self.failures)} of {count} cases failed: {reasons}")
+            raise InputError(f"{len(self.failures)} of {self._case_count()} cases failed: {reasons}")
+
+    def _case_count(self) -> int:
+        """Count the cases of all processes."""
+        return len(cast(Any, self.data_loader).dataset)

@@ -16,11 +16,13 @@ class ModelCard:
 
     Attributes:
         network: arguments of `AutoMedSAM`, so that the weights fit.
+        preprocessing: settings of the images' preparation, so that they look as in training: `window`, in HU.
         trained: modality -> names of the classes learned in it.
         training: how the weights came about: data set, epochs, seed, validation score.
     """
 
     network: dict[str, Any]
+    preprocessing: dict[str, Any]
     trained: dict[str, list[str]]
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -32,7 +34,7 @@ class ModelCard:
             CheckpointError: there is no card, or it is not one.
         """
         path = Path(weights).with_suffix(".json")
-        parts = ("network", "trained", "training")
+        parts = ("network", "preprocessing", "trained", "training")
         try:
             content = json.loads(path.read_text())
         except FileNotFoundError as error:

@@ -1,10 +1,12 @@
 """The samples of training: what is cut out of a case, what is asked of it, and that nothing but the seed decides."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, MetaTensor
-from monai.transforms import Compose, Lambdad, RandAffined, RandGaussianNoised, RandScaleIntensityd
+from monai.transforms import Compose, Lambda, Lambdad, RandAffined, RandGaussianNoised, RandScaleIntensityd
 
 from scripts.data.fitting import network_slices
 from scripts.data.slices import PromptedSlices, SlicesToSquared, choose_prompts, grown_box
@@ -289,6 +291,14 @@ def test_classes_that_were_not_annotated_are_never_asked_for():
     assert asked == {"a": {5}, "b": {2, 9}}
 
 
+@pytest.mark.parametrize("absent_share", [0.0, 1.0])
+def test_the_share_of_absent_questions_is_a_setting(absent_share):
+    dataset = samples(absent_share=absent_share)
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        assert [bool(dataset[index]["present"].any()) for index in (1, 2, 3)] == [absent_share == 0] * 3
+
+
 def test_ids_belong_to_channels_in_ascending_order():
     case = prepared("a")
     dataset = PromptedSlices([case], Compose([]), class_ids=(9, 2, 5), absent_share=0.0)
@@ -307,9 +317,9 @@ def test_a_case_without_any_of_the_classes_is_refused_before_files_are_read(anno
     def read(case):
         pytest.fail("a file was read")
 
-    with pytest.raises(InputError, match=rf"case lonely: .*{annotated}.*\[2, 5, 9\]".replace("[]", r"\[\]")):
+    with pytest.raises(InputError, match=rf"case lonely: .*{re.escape(str(annotated))}.*\[2, 5, 9\]"):
         PromptedSlices(
-            [{"case": "lonely", "annotated": annotated}], Compose([read]), class_ids=CLASS_IDS, augmentation=None
+            [{"case": "lonely", "annotated": annotated}], Compose([Lambda(read)]), class_ids=CLASS_IDS
         )
 
 

@@ -108,6 +108,7 @@ def test_images_with_several_prompts_each_are_the_same_one_by_one(network, gener
         for k in range(2):
             alone = network(images[i : i + 1], ids[i : i + 1, k : k + 1], box=box[i : i + 1, k : k + 1])
             torch.testing.assert_close(together.logits[i, k], alone.logits[0, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together.quality[i, k], alone.quality[0, 0], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(together.teacher.sparse[2 * i + k], alone.teacher.sparse[0])
     assert (together.logits[0, 0] - together.logits[1, 1]).abs().max() > 1e-3  # class 1 in two images
 
@@ -176,6 +177,16 @@ def test_the_noise_changes_the_answer_and_the_same_noise_does_not(network, gener
     plain, noisy, again = network(images, ids), network(images, ids, noise), network(images, ids, noise)
     assert torch.equal(noisy.logits, again.logits)
     assert (noisy.logits - plain.logits).abs().max() > 1e-4
+
+
+def test_the_time_step_is_the_callers(generator):
+    network = small(diffusion_steps=9).eval()
+    images, ids = pictures(generator, 1), torch.tensor([[1, 2]])
+    noise = noise_for(network, generator, 1, 2)
+    last = network(images, ids, noise).logits
+    mixed = network(images, ids, noise, torch.tensor([[9, 1]])).logits
+    torch.testing.assert_close(mixed[:, 0], last[:, 0], rtol=1e-4, atol=1e-5)
+    assert (mixed[:, 1] - last[:, 1]).abs().max() > 1e-4
 
 
 def test_noise_belongs_to_its_own_image_and_prompt(network, generator):

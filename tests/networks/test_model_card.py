@@ -16,6 +16,7 @@ NETWORK = {"image_encoder": "compact", "image_size": 32, "class_ids": [1, 2], "c
 def card() -> ModelCard:
     return ModelCard(
         network=dict(NETWORK),
+        preprocessing={"window": [40.0, 400.0]},
         trained={"CT": ["liver", "spleen"], "MR": ["liver"]},
         training={"datalist": "phantoms", "max_epochs": 3, "seed": 0},
     )
@@ -56,7 +57,7 @@ def test_the_file_is_for_people_too(tmp_path):
 
 def test_a_card_builds_the_network_that_its_settings_came_from(tmp_path):
     network = AutoMedSAM(**NETWORK, preset="release", diffusion_steps=7)
-    ModelCard(network=network.settings, trained={}).write(tmp_path / "model.json")
+    ModelCard(network=network.settings, preprocessing={}, trained={}).write(tmp_path / "model.json")
     again = AutoMedSAM(**ModelCard.beside(tmp_path / "model.pt").network)
     assert again.settings == network.settings
     again.load_state_dict(network.state_dict())
@@ -105,19 +106,19 @@ def test_a_folder_in_its_place_is_refused(tmp_path):
     [
         [],
         None,
-        "network trained training",
+        "network preprocessing trained training",
         {},
-        {"network": {}, "trained": {}},
-        {"network": {}, "training": {}},
-        {"network": [], "trained": {}, "training": {}},
-        {"network": {}, "trained": ["liver"], "training": {}},
-        {"network": {}, "trained": {}, "training": None},
+        {"network": {}, "preprocessing": {}, "trained": {}},
+        {"network": {}, "trained": {}, "training": {}},
+        {"network": [], "preprocessing": {}, "trained": {}, "training": {}},
+        {"network": {}, "preprocessing": {}, "trained": ["liver"], "training": {}},
+        {"network": {}, "preprocessing": {}, "trained": {}, "training": None},
     ],
     ids=str,
 )
 def test_what_is_no_card_is_refused(tmp_path, content):
     (tmp_path / "model.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"model\.json is no model card: .* network, trained, training"):
+    with pytest.raises(CheckpointError, match=r"model\.json is no model card: .* network, preprocessing, trained, training"):
         ModelCard.beside(tmp_path / "model.pt")
 
 

@@ -28,7 +28,7 @@ SUMMARY = Summary(
 )
 SCORES = [
     ClassScore("a", 1, "liver", 1 / 3, 0.1 + 0.2, 2.0, "mm", 123_456_789, 5, 10, 4, 1),
-    ClassScore('odd, "quoted"\nname ü', 4, "left kidney", math.nan, math.nan, 2.5, "px", 0, 0, 1, 1, 0),
+    ClassScore('odd, "quoted"\r\nname ü', 4, "left kidney", math.nan, math.nan, 2.5, "px", 0, 0, 1, 1, 0),
     ClassScore("a", 4, "left kidney", 0.0, 5e-324, 1e-9, "mm", 1, 0, 10, 9, 0),
 ]
 
@@ -94,7 +94,7 @@ def test_csv_has_a_row_per_case_and_class_and_empty_cells_for_missing_scores(tmp
     assert [(row["case"], row["class_name"]) for row in rows] == [(score.case, score.class_name) for score in SCORES]
     assert [row["dsc"] for row in rows] == ["0.3333333333333333", "", "0.0"]
     assert [row["nsd"] for row in rows] == ["0.30000000000000004", "", "5e-324"]
-    assert b"\r" not in (tmp_path / "scores.csv").read_bytes()
+    assert (tmp_path / "scores.csv").read_bytes().splitlines(keepends=True)[0].endswith(b"false_positive_slices\n")
 
 
 def test_csv_without_scores(tmp_path: Path) -> None:
