@@ -83,7 +83,10 @@ class CaseEvaluator(SupervisedEvaluator):
             InputError: naming each case and its reason.
         """
         if self.failures:
-            reasons = "; ".join(f"{case} ({reason})" for case, reason in self.failures.items())
+            cases: dict[str, list[str]] = {}
+            for case, reason in self.failures.items():
+                cases.setdefault(reason, []).append(case)
+            reasons = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in cases.items())
             raise InputError(f"{len(self.failures)} of {self._case_count()} cases failed: {reasons}")
 
     def _case_count(self) -> int:

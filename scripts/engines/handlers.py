@@ -14,6 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.data.writing import prepare_output_folder
 from scripts.errors import CheckpointError, ConfigError, TrainingError
 from scripts.files import atomic_path
 from scripts.losses.joint import JointLoss
@@ -37,7 +38,7 @@ class CsvLog:
 
     def start(self, after: int) -> None:
         """Keep the rows up to counter `after`, and nothing of an older run where that is 0."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_output_folder(self.path.parent)
         kept = [row for row in self.rows() if int(row[self.counter]) <= after]
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
             if kept:
@@ -333,7 +334,7 @@ class SaveLast:
         if idist.get_rank() != 0:
             return
         states = {name: item.state_dict() for name, item in _with_trainer(self.objects, engine).items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_output_folder(self.path.parent)
         content = io.BytesIO()  # torch.save reports a full disk as RuntimeError; writing bytes as OSError
         torch.save(states, content)
         with atomic_path(self.path) as temporary:
@@ -429,7 +430,7 @@ class SaveBest:
             return
         self.best = value
         if idist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            prepare_output_folder(self.path.parent)
             save_state_dict(self.network.state_dict(), self.path)
             if self.write_card is not None:
                 self.write_card(self.path.with_suffix(".json"), {self.metric: value})
@@ -458,7 +459,9 @@ class SaveBest:
 
 
 class EpochTable:
-    """Write one row an epoch: learning rate, training losses, validation scores.
+    """Write one row an epoch: its learning rate, training losses and validation scores.
+
+    List it behind validation and before the scheduler, which sets the next epoch's learning rate.
 
     Args:
         path: the CSV file.

@@ -75,7 +75,7 @@ class ClassPromptInferer(Inferer):
         _, height, width, depth = image.shape
         logits = image.new_full((len(ids), height, width, depth), ABSENT_LOGIT)
         for start in range(0, depth, self.slices_at_once):
-            chunk = slice(start, min(start + self.slices_at_once, depth))
+            chunk = slice(start, start + self.slices_at_once)
             asked = None if presence is None else presence[0, :, chunk]
             answer = self._segment(model, image[..., chunk], ids, asked, start, case)
             logits[..., chunk] = answer.permute(1, 2, 3, 0)  # (n, K, H, W) -> (K, H, W, n)

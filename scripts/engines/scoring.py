@@ -14,6 +14,7 @@ from monai.data.utils import affine_to_spacing
 from monai.utils import convert_to_numpy
 
 from scripts.data.vocabulary import Vocabulary
+from scripts.data.writing import prepare_output_folder
 from scripts.engines.processes import gathered
 from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, Summary, score_case, summarise
 from scripts.report.tables import render_table, write_scores_csv, write_summary_json
@@ -123,7 +124,7 @@ class ReportScores:
         if idist.get_rank() != 0:
             return
         summary = self.scores.summary()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        prepare_output_folder(self.output_dir)
         write_scores_csv(self.scores.scores, self.output_dir / "metrics.csv")
         write_summary_json(summary, self.output_dir / "metrics.json")
         logger.info("\n%s", render_table(summary))

@@ -170,7 +170,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
-    """Five cases with an untrained network; the second of the three test cases cannot be read."""
+    """Six cases with an untrained network; the second of the three test cases cannot be read."""
     folder = tmp_path_factory.mktemp("multi_process")
     write_phantoms(folder, training=2, validation=1, test=3, size=32, slices=12)
     (folder / "images" / "phantom_004.nii.gz").write_bytes(b"")
@@ -184,7 +184,9 @@ def phantoms(tmp_path_factory):
 def run_bundle(bundle_root, phantoms, output_dir, run_id, configs, *, processes, **settings):
     """Run `python -m monai.bundle run`, through torchrun where there are several processes."""
     files = [str(bundle_root / "configs" / f"{name}.json") for name in configs]
-    settings |= {"bundle_root": bundle_root, "dataset_dir": phantoms, "output_dir": output_dir}
+    # A folder for each process, so that it shows who writes; one process alone never imports idist.
+    folder = f"$'{output_dir}/' + str(idist.get_rank())" if processes > 1 else output_dir / "0"
+    settings |= {"bundle_root": bundle_root, "dataset_dir": phantoms, "output_dir": folder}
     logs = output_dir.with_suffix(".logs")
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     torchrun += ["--tee", "3", "--log-dir", str(logs), "-m"]
@@ -206,7 +208,7 @@ def run_bundle(bundle_root, phantoms, output_dir, run_id, configs, *, processes,
         text, _ = process.communicate()
         pytest.fail(f"no end after {SECONDS_AT_MOST} s: {text[-3000:]}")
     by_rank = ["".join(path.read_text() for path in logs.glob(f"*/*/{rank}/*.log")) for rank in range(processes)]
-    return Outcome(process.returncode, text, output_dir, by_rank if processes > 1 else [text])
+    return Outcome(process.returncode, text, output_dir / "0", by_rank if processes > 1 else [text])
 
 
 def read_table(path):
@@ -289,6 +291,7 @@ def test_only_one_process_writes(trainings):
     )
     assert one == two
     assert one["events"] > 0
+    assert [folder.name for folder in trainings[1].folder.parent.iterdir()] == ["0"]
 
 
 @pytest.mark.slow
@@ -327,6 +330,7 @@ def test_two_processes_score_what_one_does(evaluations):
     rows = list(csv.DictReader((two.folder / "metrics.csv").read_text().splitlines()))
     assert {row["case"] for row in rows} == {"phantom_003", "phantom_005"}
     assert any(float(row["dsc"] or 0) > 0 for row in rows), "empty predictions prove nothing"
+    assert [folder.name for folder in two.folder.parent.iterdir()] == ["0"]
     assert two.text.count('Protocol "all"') == one.text.count('Protocol "all"') == 1
 
 

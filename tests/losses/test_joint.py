@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scripts.errors import ConfigError
-from scripts.losses.joint import LOSS_NAMES, SMALLEST_WEIGHT, JointLoss, PromptTargets, mean_over
+from scripts.losses.joint import LOSS_NAMES, SMALLEST_WEIGHT, JointLoss, PromptTargets, mean_over, pooled_dice
 from scripts.losses.shape_distance import distance_map
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
 SIZE = 16
 GRID = 2
-PRESENT_ONLY = ("mse_sparse", "mse_dense", "dice", "shape_distance")
+PRESENT_ONLY = ("mse_sparse", "mse_dense", "shape_distance")  # and Dice, where it is taken of each
 
 
 def disc(radius: float) -> np.ndarray:
@@ -53,8 +53,8 @@ def prediction_of(generator: torch.Generator, images: int, prompts: int) -> Mask
 MIXED = [[True, False, True], [False, True, True]]
 
 
-def parts_of(prediction: MaskPrediction, targets: PromptTargets) -> dict[str, float]:
-    loss = JointLoss()
+def parts_of(prediction: MaskPrediction, targets: PromptTargets, *, dice: str = "pooled") -> dict[str, float]:
+    loss = JointLoss(dice=dice)
     loss(prediction, targets)
     return {name: value.item() for name, value in loss.components.items()}
 
@@ -69,13 +69,31 @@ def as_arrays(prediction: MaskPrediction, targets: PromptTargets) -> tuple[np.nd
 # Each loss against numpy.
 
 
-def test_dice(generator):
-    prediction, targets = prediction_of(generator, 2, 3), targets_of(MIXED)
-    probability, mask, present = as_arrays(prediction, targets)
+@pytest.mark.parametrize("present", [MIXED, [[True]], [[True, True]]], ids=str)
+def test_dice_of_each(present, generator):
+    targets = targets_of(present)
+    prediction = prediction_of(generator, *targets.present.shape)
+    probability, mask, chosen = as_arrays(prediction, targets)
     overlap = 2 * (probability * mask).sum(axis=(1, 2)) + 1e-5
     total = (probability**2).sum(axis=(1, 2)) + (mask**2).sum(axis=(1, 2)) + 1e-5
-    expected = (1 - overlap / total)[present].mean()
+    expected = (1 - overlap / total)[chosen].mean()
+    assert parts_of(prediction, targets, dice="each")["dice"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("present", [MIXED, [[True]], [[False, False]]], ids=str)
+def test_dice_of_all_together_is_the_default(present, generator):
+    targets = targets_of(present)
+    prediction = prediction_of(generator, *targets.present.shape)
+    probability, mask, _ = as_arrays(prediction, targets)
+    expected = 1 - (2 * (probability * mask).sum() + 1e-5) / ((probability**2).sum() + (mask**2).sum() + 1e-5)
     assert parts_of(prediction, targets)["dice"] == pytest.approx(expected, rel=1e-5)
+    assert pooled_dice(torch.from_numpy(probability), torch.from_numpy(mask)).item() == pytest.approx(expected)
+
+
+def test_both_forms_of_dice_agree_on_one_present_prompt(generator):
+    prediction, targets = prediction_of(generator, 1, 1), targets_of([[True]])
+    each, pooled = (parts_of(prediction, targets, dice=form)["dice"] for form in ("each", "pooled"))
+    assert each == pytest.approx(pooled, rel=1e-5)
 
 
 def test_cross_entropy_over_all_and_apart(generator):
@@ -113,6 +131,7 @@ def test_a_perfect_prediction(generator):
     perfect = prediction._replace(logits=1e4 * (2 * targets.mask - 1), teacher=prediction.prompts)
     parts = parts_of(perfect, targets)
     assert parts["dice"] == pytest.approx(0, abs=1e-6)
+    assert parts_of(perfect, targets, dice="each")["dice"] == pytest.approx(0, abs=1e-6)
     assert parts["cross_entropy"] == pytest.approx(0, abs=1e-6)
     assert parts["mse_sparse"] == parts["mse_dense"] == 0
     assert 0 < parts["shape_distance"] < 0.5  # its least value is at the distance map, not at the mask
@@ -121,7 +140,8 @@ def test_a_perfect_prediction(generator):
 # Who counts.
 
 
-def test_absent_prompts_change_only_cross_entropy(generator):
+@pytest.mark.parametrize("dice", ["each", "pooled"])
+def test_what_absent_prompts_change(dice, generator):
     targets = targets_of(MIXED)
     prediction = prediction_of(generator, 2, 3)
     absent = ~targets.present
@@ -138,15 +158,16 @@ def test_absent_prompts_change_only_cross_entropy(generator):
             torch.where(rows[:, None, None, None], -50.0, prediction.teacher.dense),
         ),
     )
-    before, after = parts_of(prediction, targets), parts_of(other, targets)
+    before, after = (parts_of(some, targets, dice=dice) for some in (prediction, other))
     same = {name for name in before if before[name] == pytest.approx(after[name], rel=1e-6)}
-    assert same == {*PRESENT_ONLY, "cross_entropy_present"}
+    assert same == {*PRESENT_ONLY, "cross_entropy_present"} | ({"dice"} if dice == "each" else set())
+    assert after["dice"] >= before["dice"] - 1e-6  # what is predicted of an absent class is never cheap
 
 
-@pytest.mark.parametrize("name", PRESENT_ONLY)
+@pytest.mark.parametrize("name", [*PRESENT_ONLY, "dice"])
 def test_absent_prompts_get_no_gradient_from_the_losses_of_present_ones(name, generator):
     targets, prediction = targets_of(MIXED), prediction_of(generator, 2, 3)
-    JointLoss(losses=(name,))(prediction, targets).backward()
+    JointLoss(losses=(name,), dice="each")(prediction, targets).backward()
     rows = targets.present.flatten()
     gradient = {
         "mse_sparse": prediction.prompts.sparse,
@@ -158,15 +179,17 @@ def test_absent_prompts_get_no_gradient_from_the_losses_of_present_ones(name, ge
     assert (gradient[rows].abs().sum(dim=1) > 0).all()
 
 
-def test_absent_prompts_learn_from_cross_entropy(generator):
+@pytest.mark.parametrize("losses", [("cross_entropy",), ("dice",), LOSS_NAMES])
+def test_absent_prompts_learn_from_cross_entropy_and_pooled_dice(losses, generator):
     targets, prediction = targets_of(MIXED), prediction_of(generator, 2, 3)
-    JointLoss()(prediction, targets).backward()
+    JointLoss(losses=losses)(prediction, targets).backward()
     assert (prediction.logits.grad[~targets.present] > 0).all()  # every pixel is pressed down
 
 
 def test_where_none_is_present_their_losses_are_zero_and_not_nan(generator):
-    parts = parts_of(prediction_of(generator, 2, 2), targets_of([[False, False], [False, False]]))
-    assert {name: parts[name] for name in PRESENT_ONLY} == dict.fromkeys(PRESENT_ONLY, 0.0)
+    parts = parts_of(prediction_of(generator, 2, 2), targets_of([[False, False], [False, False]]), dice="each")
+    names = (*PRESENT_ONLY, "dice")
+    assert {name: parts[name] for name in names} == dict.fromkeys(names, 0.0)
     assert parts["cross_entropy_present"] == 0
     assert parts["cross_entropy"] == pytest.approx(parts["cross_entropy_absent"])
     assert parts["cross_entropy"] > 0
@@ -181,7 +204,7 @@ def test_where_all_are_present_none_is_absent(generator):
 def test_one_prompt_weighs_the_same_in_any_batch(generator):
     """The parts of a batch are the means of its prompts' parts."""
     targets, prediction = targets_of([[True, True], [True, True]]), prediction_of(generator, 2, 2)
-    together = parts_of(prediction, targets)
+    together = parts_of(prediction, targets, dice="each")
     alone = []
     for row in range(4):
         i, k, one = row // 2, row % 2, slice(row, row + 1)
@@ -191,7 +214,7 @@ def test_one_prompt_weighs_the_same_in_any_batch(generator):
             PromptEmbeddings(prediction.prompts.sparse[one], prediction.prompts.dense[one]),
             PromptEmbeddings(prediction.teacher.sparse[one], prediction.teacher.dense[one]),
         )
-        alone.append(parts_of(part, PromptTargets(*(value[i : i + 1, k : k + 1] for value in targets))))
+        alone.append(parts_of(part, PromptTargets(*(value[i : i + 1, k : k + 1] for value in targets)), dice="each"))
     for name in LOSS_NAMES:
         assert together[name] == pytest.approx(np.mean([parts[name] for parts in alone]), rel=1e-5), name
 
@@ -314,17 +337,23 @@ def test_an_unknown_weighting_is_refused():
         JointLoss(weighting="learned")
 
 
+def test_an_unknown_form_of_dice_is_refused():
+    with pytest.raises(ConfigError, match="'pooled' or 'each', not 'batch'"):
+        JointLoss(dice="batch")
+
+
 # Degenerate batches.
 
 
+@pytest.mark.parametrize("dice", ["each", "pooled"])
 @pytest.mark.parametrize("weighting", ["uncertainty", "fixed"])
 @pytest.mark.parametrize("logit", [-1e4, -30.0, 0.0, 1e4])
 @pytest.mark.parametrize("present", [[[False]], [[True]], [[False, False], [False, False]], MIXED], ids=str)
-def test_everything_stays_finite(weighting, logit, present, generator):
+def test_everything_stays_finite(weighting, dice, logit, present, generator):
     targets = targets_of(present)
     prediction = prediction_of(generator, *targets.present.shape)
     logits = torch.full_like(prediction.logits, logit, requires_grad=True)
-    loss = JointLoss(weighting=weighting)
+    loss = JointLoss(weighting=weighting, dice=dice)
     total = loss(prediction._replace(logits=logits), targets)
     total.backward()
     values = [total, *loss.components.values(), logits.grad]
@@ -411,10 +440,11 @@ def run_rank(rank: int, folder: str) -> None:
         PromptEmbeddings(prediction.prompts.sparse[half], prediction.prompts.dense[half]),
         PromptEmbeddings(prediction.teacher.sparse[half], prediction.teacher.dense[half]),
     )
-    loss = JointLoss()
-    total = loss(own, PromptTargets(*(value[rank : rank + 1] for value in targets)))
-    total.backward()
-    results["joint"] = (total.detach(), loss.weights.grad, prediction.logits.grad)
+    for dice in ("each", "pooled"):
+        prediction.logits.grad, loss = None, JointLoss(dice=dice)
+        total = loss(own, PromptTargets(*(value[rank : rank + 1] for value in targets)))
+        total.backward(retain_graph=True)
+        results[dice] = (total.detach(), loss.weights.grad, prediction.logits.grad)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -442,12 +472,13 @@ def test_two_processes_average_to_the_mean_over_both(name, ranks):
         torch.testing.assert_close(ranks[rank][name][1] / 2, share)
 
 
-def test_two_processes_have_the_joint_loss_of_one(ranks):
+@pytest.mark.parametrize("dice", ["each", "pooled"])
+def test_two_processes_have_the_joint_loss_of_one(dice, ranks):
     prediction, targets = shared_batch()
-    loss = JointLoss()
+    loss = JointLoss(dice=dice)
     total = loss(prediction, targets)
     total.backward()
-    first, second = ranks[0]["joint"], ranks[1]["joint"]
+    first, second = (rank[dice] for rank in ranks)
     torch.testing.assert_close((first[0] + second[0]) / 2, total.detach())
     torch.testing.assert_close((first[1] + second[1]) / 2, loss.weights.grad)
     torch.testing.assert_close((first[2] + second[2]) / 2, prediction.logits.grad)

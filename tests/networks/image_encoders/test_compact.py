@@ -69,6 +69,16 @@ def test_a_black_image_is_embedded(generator):
     assert torch.isfinite(embedding).all()
 
 
+@pytest.mark.parametrize("stride", [4, 8])
+def test_fine_detail_needs_no_way_through_the_deep_stages(stride, generator):
+    encoder = small(stride=stride).requires_grad_(False)
+    for lateral in encoder.lateral:  # nothing deep comes down
+        lateral.weight.zero_()
+        lateral.bias.zero_()
+    first, second = encoder(torch.rand((2, 3, 32, 32), generator=generator))
+    assert (first - second).abs().max() > 0.1
+
+
 def test_the_position_acts_at_its_own_place():
     encoder, picture = small(size=64, stride=8), torch.zeros(1, 3, 64, 64)
     with torch.no_grad():

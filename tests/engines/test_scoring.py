@@ -1,0 +1,173 @@
+"""What an evaluation reports: the scores of `score_case` on the right masks, with the right spacing and names."""
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+from torch.utils.data import DataLoader
+
+from scripts.engines.batches import PrepareCase, only_case
+from scripts.engines.evaluators import FAILURE, CaseEvaluator
+from scripts.engines.scoring import CaseScores, ReportScores
+from scripts.errors import InputError
+from scripts.metrics.scores import score_case, summarise
+from scripts.report.tables import read_scores_csv, render_table
+
+SPACING = (2.0, 0.5, 5.0)
+
+
+def predicted(case, *, shift=2):
+    """The truth, moved along the rows."""
+    return torch.roll(case["label"].as_tensor(), shift, dims=1).bool()
+
+
+def by_hand(case, prediction, ids, names, *, spacing=SPACING, planar=False, tolerance=2.0):
+    """The scores of the channels of these ids, straight from the function."""
+    channels = [class_id - 1 for class_id in ids]
+    return score_case(
+        prediction.numpy()[channels],
+        case["label"].numpy().astype(bool)[channels],
+        case=case["case"],
+        class_ids=ids,
+        class_names=names,
+        spacing=spacing,
+        planar=planar,
+        tolerance=tolerance,
+    )
+
+
+def test_scores_are_those_of_the_case_in_its_own_spacing(make_case, vocabulary):
+    case = make_case(spacing=SPACING)
+    scores = CaseScores(class_ids=[2, 1], vocabulary=vocabulary)
+    scores.update([{**case, "pred": predicted(case)}])
+    expected = by_hand(case, predicted(case), [1, 2], ["liver", "spleen"])
+    assert scores.scores == expected
+    assert 0 < expected[0].nsd < 1
+    assert expected[0].nsd != by_hand(case, predicted(case), [1], ["liver"], spacing=SPACING[::-1])[0].nsd
+    assert scores.compute() == pytest.approx(np.mean([score.dsc for score in expected]))
+
+
+def test_the_spacing_is_that_of_a_turned_volume_too(make_case, vocabulary):
+    case = make_case(spacing=SPACING)
+    # Rows run towards the feet, columns towards the left and slices towards the back: lengths as before.
+    turned = torch.tensor([[0, -0.5, 0, 9], [0, 0, -5, -3], [-2, 0, 0, 4], [0, 0, 0, 1]], dtype=torch.float64)
+    case["image"] = MetaTensor(case["image"].as_tensor(), affine=turned, meta={"planar": False})
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    scores.update([{**case, "pred": predicted(case)}])
+    assert scores.scores == by_hand(case, predicted(case), [1, 2], ["liver", "spleen"])
+
+
+def test_the_tolerance_is_a_setting(make_case, vocabulary):
+    case = make_case(spacing=SPACING)
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary, tolerance=0.25)
+    scores.update([{**case, "pred": predicted(case)}])
+    expected = by_hand(case, predicted(case), [1, 2], ["liver", "spleen"], tolerance=0.25)
+    assert scores.scores == expected
+    assert expected[0].nsd < by_hand(case, predicted(case), [1], ["liver"])[0].nsd
+
+
+def test_pictures_are_measured_in_pixels(make_case, vocabulary):
+    case = make_case(shape=(12, 16, 1), planar=True, spacing=SPACING)
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    scores.update([{**case, "pred": predicted(case, shift=3)}])
+    assert scores.scores == by_hand(case, predicted(case, shift=3), [1, 2], ["liver", "spleen"], planar=True)
+    assert scores.summary().unit == "px"
+
+
+def test_only_annotated_classes_are_scored(make_case, vocabulary):
+    case = make_case(classes=3, annotated=(1, 3, 9))
+    scores = CaseScores(class_ids=[1, 2, 3], vocabulary=vocabulary)
+    scores.update([{**case, "pred": predicted(case)}])
+    expected = by_hand(case, predicted(case), [1, 3], ["liver", "pancreas"], spacing=(1, 1, 1))
+    assert scores.scores == expected
+
+
+def test_a_class_that_is_not_there_has_no_score_but_false_positives(make_case, vocabulary):
+    case = make_case()
+    case["label"][1] = 0
+    prediction = torch.ones_like(case["label"].as_tensor()).bool()
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    scores.update([{**case, "pred": prediction}])
+    spleen = scores.summary().classes[1]
+    assert math.isnan(spleen.dsc)
+    assert (spleen.cases, spleen.cases_without, spleen.false_positive_slices) == (0, 1, 4)
+    assert scores.compute() == pytest.approx(scores.scores[0].dsc)
+
+
+def evaluator_of(cases, scores, *handlers, name="val_mean_dsc"):
+    """Evaluate cases whose prediction is known beforehand, under `truth`; a case without one failed."""
+
+    class Known(nn.Module):
+        def forward(self, case):
+            return predicted(next(known for known in cases if known["case"] == case)).unsqueeze(0)
+
+    return CaseEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(cases, batch_size=1, collate_fn=only_case),
+        network=Known(),
+        prepare_batch=PrepareCase(class_ids=[1, 2]),
+        inferer=lambda image, network, case, **_: network(case),
+        key_val_metric={name: scores},
+        val_handlers=handlers,
+    )
+
+
+def test_the_scores_of_a_run_get_names_of_their_own(make_case, vocabulary):
+    cases = [make_case("b", spacing=SPACING), make_case("a", spacing=SPACING)]
+    scores = CaseScores(class_ids=[1, 4], vocabulary=vocabulary)
+    for case in cases:
+        case["annotated"] = [1, 4]
+    evaluator = evaluator_of(cases, scores)
+    evaluator.run()
+    summary = summarise(scores.scores, protocol="all", unit="mm")
+    assert evaluator.state.metrics == {
+        "val_mean_dsc": summary.dsc,
+        "val_mean_nsd": summary.nsd,
+        "val_liver_dsc": summary.classes[0].dsc,
+        "val_left_kidney_dsc": summary.classes[1].dsc,
+    }
+    assert [(score.case, score.class_id) for score in scores.scores] == [("a", 1), ("a", 4), ("b", 1), ("b", 4)]
+    assert evaluator.state.best_metric == summary.dsc
+
+
+def test_a_second_run_begins_anew(make_case, vocabulary):
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    evaluator = evaluator_of([make_case()], scores)
+    evaluator.run(1)
+    first = list(scores.scores)
+    evaluator.run(2)
+    assert scores.scores == first
+    assert len(first) == 2
+
+
+def test_a_case_that_failed_is_left_out(make_case, vocabulary):
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    cases = [{"case": "bad", FAILURE: "unreadable"}, make_case("a"), {"case": "worse", FAILURE: "unreadable"}]
+    evaluator_of(cases, scores).run()
+    assert {score.case for score in scores.scores} == {"a"}
+
+
+def test_the_report_is_printed_and_written(make_case, vocabulary, tmp_path, caplog):
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary, protocol="oracle")
+    report = ReportScores(scores, output_dir=tmp_path / "new" / "folder")
+    with caplog.at_level(logging.INFO, "scripts"):
+        evaluator_of([make_case("a"), make_case("b")], scores, report).run()
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "metrics.json"]
+    assert read_scores_csv(folder / "metrics.csv") == scores.scores
+    content = json.loads((folder / "metrics.json").read_text())
+    assert content["protocol"] == "oracle"
+    assert content["mean"]["dsc"] == scores.summary().dsc
+    assert list(content["classes"]) == ["liver", "spleen"]
+    assert render_table(scores.summary()) in caplog.text
+
+
+def test_nothing_to_score_is_said(vocabulary, tmp_path):
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    with pytest.raises(InputError, match="at least one case"):
+        scores.compute()

@@ -1,0 +1,83 @@
+"""`make demo`: the bundle's whole way on phantoms, as a person sees it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.data.phantoms import LABEL_MAP
+from scripts.metrics.scores import DEFAULT_TOLERANCE
+
+ORGANS = list(LABEL_MAP.values())
+LOWEST_DSC = 0.80  # what the demo promises
+HIGHEST_FALSE_POSITIVE_RATE = 0.25  # of the slices without a class; an untrained network has 1
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, bundle_root):
+    """The folder that the demo fills, and what it prints."""
+    output = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "scripts", "demo", "--output", str(output)]
+    settings = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=bundle_root, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+@pytest.fixture(scope="module")
+def metrics(demo):
+    return json.loads((demo[0] / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_figures_have_the_promised_form(metrics):
+    assert metrics["protocol"] == "all"
+    assert set(metrics["mean"]) == {"dsc", "nsd"}
+    assert list(metrics["classes"]) == ORGANS
+    assert metrics["seconds"] > 0
+    assert (metrics["unit"], metrics["tolerance"]) == ("mm", DEFAULT_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_unseen_phantoms_are_segmented_well(metrics):
+    """Every class is asked for on every slice, so that absent ones have to come out empty."""
+    scores = [entry["dsc"] for entry in metrics["classes"].values()]
+    assert metrics["mean"]["dsc"] == pytest.approx(np.mean(scores))
+    assert metrics["mean"]["dsc"] >= LOWEST_DSC, metrics
+    assert 0.5 < metrics["mean"]["nsd"] <= 1
+    for name, entry in metrics["classes"].items():
+        assert entry["absent_slices"] > 0, name
+        assert entry["false_positive_rate"] <= HIGHEST_FALSE_POSITIVE_RATE, name
+
+
+@pytest.mark.slow
+def test_table_picture_and_time_are_printed(demo, metrics):
+    output, printed = demo
+    for name, entry in metrics["classes"].items():
+        row = re.search(rf"^{name} +([\d.]+) +([\d.]+)", printed, re.MULTILINE)
+        assert [float(value) for value in row.groups()] == pytest.approx([entry["dsc"], entry["nsd"]], abs=5e-5)
+    picture = re.search(r"^segmented an unseen volume: (.*)$", printed, re.MULTILINE)[1]
+    assert picture.startswith(str(output))
+    with Image.open(picture) as overlay:
+        assert len(np.unique(np.asarray(overlay).reshape(-1, 3), axis=0)) > 100
+    assert re.search(rf"^the demo took {metrics['seconds']:.0f} s$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_segmented_volume_was_not_trained_on(demo):
+    output, _ = demo
+    content = json.loads((output / "phantoms" / "datalist.json").read_text())
+    (labels,) = (output / "segmented").glob("*_seg.nii.gz")
+    case = labels.name.removesuffix("_seg.nii.gz")
+    assert case in [entry["case"] for entry in content["test"]]
+    truth = nibabel.load(output / "phantoms" / "masks" / f"{case}.nii.gz")
+    predicted = nibabel.load(labels)
+    assert np.allclose(predicted.affine, truth.affine)
+    found, real = (np.asarray(image.dataobj) == 1 for image in (predicted, truth))
+    assert 2 * (found & real).sum() / (found.sum() + real.sum()) > LOWEST_DSC
