@@ -19,7 +19,7 @@ def bundle_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real images and golden outputs beside the checkout; a missing one fails in CI and skips elsewhere."""
+    """Real images and golden outputs, kept beside the checkout; where they are missing CI fails, others skip."""
     folder = BUNDLE_ROOT.parent / "shared"
     if folder.is_dir():
         return folder

@@ -156,7 +156,9 @@ def random_augmentation():
     """As in configs/train.json: transforms of space and of intensity, each with a random state of its own."""
     return Compose(
         [
-            RandAffined(["image", "label"], prob=0.8, rotate_range=0.3, translate_range=2, mode=["bilinear", "nearest"]),
+            RandAffined(
+                ["image", "label"], prob=0.8, rotate_range=0.3, translate_range=2, mode=["bilinear", "nearest"]
+            ),
             RandScaleIntensityd("image", factors=0.2, prob=0.5),
             RandGaussianNoised("image", std=0.03, prob=0.5),
         ]
@@ -216,7 +218,7 @@ def test_an_item_does_not_depend_on_what_was_asked_before():
     forwards, backwards = (samples(**settings) for _ in range(2))
     first = [forwards[index] for index in range(4)]
     second = [backwards[index] for index in (3, 1, 2, 0)]
-    np.random.seed(0)  # noqa: NPY002 # neither does it depend on global random numbers
+    np.random.seed(0)  # neither does it depend on global random numbers
     torch.manual_seed(0)
     for index, sample in zip((3, 1, 2, 0), second, strict=True):
         assert_same(first[index], sample)
@@ -318,9 +320,7 @@ def test_a_case_without_any_of_the_classes_is_refused_before_files_are_read(anno
         pytest.fail("a file was read")
 
     with pytest.raises(InputError, match=rf"case lonely: .*{re.escape(str(annotated))}.*\[2, 5, 9\]"):
-        PromptedSlices(
-            [{"case": "lonely", "annotated": annotated}], Compose([Lambda(read)]), class_ids=CLASS_IDS
-        )
+        PromptedSlices([{"case": "lonely", "annotated": annotated}], Compose([Lambda(read)]), class_ids=CLASS_IDS)
 
 
 def test_no_slice_is_no_training():

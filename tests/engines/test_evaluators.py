@@ -83,13 +83,16 @@ def test_the_intended_error_is_found_behind_others():
 
 def test_the_intended_error_is_found_where_another_came_up_in_its_place():
     reason = OutputError("the disk is full")
-    try:
+
+    def fail_twice():
         try:
             raise reason
         finally:
             raise RuntimeError("while cleaning up")
-    except RuntimeError as error:
-        assert intended_error(error) is reason
+
+    with pytest.raises(RuntimeError) as caught:
+        fail_twice()
+    assert intended_error(caught.value) is reason
 
 
 def test_there_is_no_intended_error_behind_a_defect():

@@ -286,7 +286,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(run, build_netwo
     poisoned = make_batch(2)
     poisoned["distance"][0, 0, 0, 0] = value
     network, loss = build_network(), JointLoss()
-    with pytest.raises(TrainingError, match=rf"not finite at iteration 2 \(.*shape_distance {value}.*lower the learning"):
+    with pytest.raises(
+        TrainingError, match=rf"not finite at iteration 2 \(.*shape_distance {value}.*lower the learning"
+    ):
         run(StopOnNaN(loss), network=network, loss=loss, batches=[1, poisoned, 3]).run()
     expected, expected_loss = build_network(), JointLoss()
     run(network=expected, loss=expected_loss, batches=[1]).run()
@@ -333,7 +335,7 @@ def failing(error, *, at_start=False):
 @pytest.mark.parametrize("at_start", [False, True])
 def test_lack_of_memory_is_told_with_what_to_lower(error, at_start):
     with pytest.raises(
-        TrainingError, match="^memory ran out; lower one of: batch_size 16, image_size 96, image_encoder compact$"
+        TrainingError, match=r"^memory ran out; lower one of: batch_size 16, image_size 96, image_encoder compact$"
     ) as caught:
         failing(error, at_start=at_start).run([0])
     assert caught.value.__cause__ is not None
@@ -470,7 +472,9 @@ def test_the_scaler_of_mixed_precision_is_resumed_too(tmp_path):
 
 def test_a_run_that_never_was_cannot_be_resumed(run, tmp_path):
     trainer = with_last(run(), tmp_path / "last.pt", ResumeFrom)
-    with pytest.raises(CheckpointError, match=r"there is no .*last\.pt to resume from; a run writes it after its first"):
+    with pytest.raises(
+        CheckpointError, match=r"there is no .*last\.pt to resume from; a run writes it after its first"
+    ):
         trainer.run()
     assert trainer.state.iteration == 0
 
@@ -530,9 +534,7 @@ def test_a_place_that_cannot_be_written_to_is_an_error_of_its_own(run, tmp_path,
 def validate(build_network, tmp_path):
     """Run a stand-in for the evaluator that has reached a score; the network is changed before each."""
     network = build_network()
-    card = ModelCard(
-        network=network.settings, preprocessing={}, trained={"CT": ["liver"]}, training={"seed": 3}
-    )
+    card = ModelCard(network=network.settings, preprocessing={}, trained={"CT": ["liver"]}, training={"seed": 3})
     best = SaveBest(network, path=tmp_path / "out" / "model.pt", metric="dsc", write_card=card.write)
     engine = Engine(lambda *_: None)
     best.attach(engine)

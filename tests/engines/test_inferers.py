@@ -60,9 +60,7 @@ def test_bundling_does_not_change_the_answer(network, volume, slices_at_once, pr
     presence = torch.rand((1, 3, 5), generator=torch.Generator().manual_seed(1)) > 0.3
     asked = {"class_ids": [1, 2, 4], "presence": presence, "case": "a"}
     expected = ClassPromptInferer(slices_at_once=3, prompts_at_once=5, noise_seed=noise_seed)(volume, network, **asked)
-    inferer = ClassPromptInferer(
-        slices_at_once=slices_at_once, prompts_at_once=prompts_at_once, noise_seed=noise_seed
-    )
+    inferer = ClassPromptInferer(slices_at_once=slices_at_once, prompts_at_once=prompts_at_once, noise_seed=noise_seed)
     torch.testing.assert_close(inferer(volume, network, **asked), expected, **CLOSE)
 
 
@@ -161,7 +159,7 @@ def test_noise_is_reproducible_and_changes_the_answer(network, volume):
     assert torch.equal(answer(7), answer(7))
     assert torch.equal(answer(None), answer(None, case="b"))
     plain = answer(None)
-    for other in (answer(7), answer(7, case="b"), answer(8)):
+    for other in (answer(7), answer(7, case="b"), answer(8), answer(0)):
         assert (other - plain).abs().max() > 1e-3
 
 

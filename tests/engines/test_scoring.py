@@ -137,12 +137,16 @@ def test_the_scores_of_a_run_get_names_of_their_own(make_case, vocabulary):
 
 def test_a_second_run_begins_anew(make_case, vocabulary):
     scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
-    evaluator = evaluator_of([make_case()], scores)
+    cases = [make_case("a")]
+    evaluator = evaluator_of(cases, scores)
     evaluator.run(1)
     first = list(scores.scores)
     evaluator.run(2)
     assert scores.scores == first
     assert len(first) == 2
+    cases[:] = [make_case("b")]
+    evaluator.run(3)
+    assert {score.case for score in scores.scores} == {"b"}
 
 
 def test_a_case_that_failed_is_left_out(make_case, vocabulary):

@@ -87,10 +87,10 @@ def first_epoch(train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(train, first_epoch, tmp_path_factory):
-    """The same run, gone on to the end."""
+    """The same run, gone on to the end; what it started from is no longer needed."""
     folder = tmp_path_factory.mktemp("resumed")
     shutil.copytree(first_epoch, folder, dirs_exist_ok=True)
-    return train(folder, resume=str(folder / "last.pt"))
+    return train(folder, resume=str(folder / "last.pt"), pretrained=str(folder / "gone.pt"))
 
 
 def rows_of(path):
@@ -139,14 +139,20 @@ def test_the_loss_falls(whole):
     assert losses[-1] < losses[0]
 
 
-def test_the_best_network_is_the_one_with_the_best_score(whole):
+def test_the_best_network_is_the_one_with_the_best_score(whole, tiny_phantoms):
     scores = [float(row["val_mean_dsc"]) for row in rows_of(whole / "epochs.csv")]
     card = ModelCard.beside(whole / "model.pt")
     assert card.training["val_mean_dsc"] == max(scores) == states(whole)["best"]["best"]
-    assert card.training["datalist"] == whole.parent.joinpath("phantoms0").name or card.training["datalist"]
+    assert card.training["datalist"] == tiny_phantoms.parent.name
     assert card.trained == {"CT": ["liver", "spleen", "pancreas", "left kidney", "right kidney"]}
     if scores.index(max(scores)) == EPOCHS - 1:
         assert_identical(read_state_dict(whole / "model.pt"), dict(states(whole)["network"]))
+
+
+def test_a_datalist_may_be_named_without_its_folder(prepare, tiny_phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_phantoms.parent)
+    workflow = prepare(tmp_path, datalist=tiny_phantoms.name, dataset_dir=".")
+    assert workflow.parser.get_parsed_content("card").training["datalist"] == tiny_phantoms.parent.name
 
 
 def test_the_same_seed_gives_the_same_losses(whole, first_epoch):
@@ -161,7 +167,7 @@ def test_another_seed_gives_other_losses(train, first_epoch, tmp_path):
 
 
 def test_a_resumed_run_logs_the_same_numbers(whole, resumed):
-    for name in ("losses.csv", "epochs.csv"):
+    for name in ("losses.csv", "epochs.csv", "model.json"):
         assert (resumed / name).read_text() == (whole / name).read_text()
 
 
@@ -214,7 +220,7 @@ def test_the_defaults_are_those_of_the_paper(prepare, tmp_path):
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     for group in optimizer.param_groups:
-        assert (group["lr"], group["betas"], group["eps"]) == (5e-4, [0.9, 0.999], 1e-8)
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (5e-4, (0.9, 0.999), 1e-8)
     assert type(scheduler) is torch.optim.lr_scheduler.ReduceLROnPlateau
     assert (scheduler.factor, scheduler.patience, scheduler.cooldown, scheduler.mode) == (0.9, 5, 0, "min")
 

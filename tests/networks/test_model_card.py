@@ -118,7 +118,9 @@ def test_a_folder_in_its_place_is_refused(tmp_path):
 )
 def test_what_is_no_card_is_refused(tmp_path, content):
     (tmp_path / "model.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"model\.json is no model card: .* network, preprocessing, trained, training"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.json is no model card: .* network, preprocessing, trained, training"
+    ):
         ModelCard.beside(tmp_path / "model.pt")
 
 
