@@ -1,28 +1,22 @@
 """The command line: every verb calls a config or a function of the bundle and says in one line what went wrong."""
 
-import difflib
-import functools
-import inspect
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fire
 from tqdm import tqdm
 
-from scripts.errors import CheckpointError, ConfigError
+from scripts.command_words import for_fire, later, perform
+from scripts.errors import CheckpointError
+from scripts.workflow import BUNDLE_ROOT, CONFIGS, find_overlays, run_configs
 
-BUNDLE_ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = BUNDLE_ROOT / "configs"
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-HELP = ("-h", "--help")
-JSON_WORDS = {"true": True, "false": False, "null": None, "none": None}  # Fire knows only Python's spelling
-CONFIG_SIGNS = ("$", "@", "%")  # a setting that begins so is an expression, a reference or a macro
 STATS_LOGGER = "monai.handlers.StatsHandler"
 
 
@@ -60,7 +54,7 @@ def infer(
         "probability_maps": probability_maps,
         "force": force,
     }
-    _run(["inference.json"], {**settings, **model, **overrides})
+    run_configs(["inference.json"], {**settings, **model, **overrides})
     return f"label maps, names and pictures are in {folder}"
 
 
@@ -95,7 +89,7 @@ def train(
         settings |= {"pretrained": None, "train_image_encoder": True}
     if "class_ids" not in overrides:
         settings["class_ids"] = _annotated_ids(path, overrides.get("dataset_dir", path.parent))
-    _run(["train.json", *_overlays(config)], {**settings, **overrides})
+    run_configs(["train.json", *find_overlays(config)], {**settings, **overrides})
     return f"the best network is {folder / 'model.pt'}; its way there is in epochs.csv and losses.csv"
 
 
@@ -127,7 +121,7 @@ def evaluate(
         "presence": presence,
         "output_dir": str(folder),
     }
-    workflow = _run(["train.json", "evaluate.json"], {**settings, **_of_checkpoint(checkpoint), **overrides})
+    workflow = run_configs(["train.json", "evaluate.json"], {**settings, **_of_checkpoint(checkpoint), **overrides})
     from scripts.report.tables import render_table
 
     summary = workflow.parser.get_parsed_content("validate#scores").summary()
@@ -211,10 +205,10 @@ def demo(*, output: str = "runs/demo") -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; errors that a user can mend become one line and exit code 1."""
     _quieten()
-    verbs = {verb.__name__: _later(verb) for verb in (infer, train, evaluate, phantoms, classes, half, demo)}
+    verbs = {verb.__name__: later(verb) for verb in (infer, train, evaluate, phantoms, classes, half, demo)}
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        fire.Fire(verbs, command=_for_fire(words, verbs), name="automedsam", serialize=_perform)
+        fire.Fire(verbs, command=for_fire(words, verbs), name="automedsam", serialize=perform)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -224,56 +218,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if reason is None:
             raise
         _fail(" ".join(str(reason).split()), 1)
-
-
-class _Task:
-    """A verb with its arguments, which runs once Fire has understood every word of the command.
-
-    Fire itself would run the verb first, minutes perhaps, and then complain about a word that it cannot place.
-    """
-
-    def __init__(self, action: Callable[[], str]) -> None:
-        self._action = action
-
-
-def _for_fire(words: Sequence[str], verbs: Mapping[str, Callable[..., _Task]]) -> list[str]:
-    """Word a command so that Fire takes it as it is meant.
-
-    Help is help behind other words too, where Fire would take it for a setting. And what a verb takes as text is
-    quoted, or Fire would make a number of a folder called 2024.10.
-    """
-    verb = list(words[:1])
-    if any(word in HELP for word in words):
-        return [*(name for name in verb if name in verbs), "--", "--help"]
-    if verb == [] or verb[0] not in verbs:
-        return list(words)
-    parameters = inspect.signature(verbs[verb[0]]).parameters
-    texts = {"", *(name for name, entry in parameters.items() if entry.annotation in (str, str | None))}
-    flag = ""  # whose value the next word is; a path stands without one
-    for word in words[1:]:
-        name, equals, value = word.lstrip("-").partition("=") if word.startswith("--") else (flag, "", word)
-        is_text = name.replace("-", "_") in texts
-        if equals and is_text:
-            verb.append(f"--{name}={value!r}")
-        else:
-            verb.append(repr(word) if is_text and not word.startswith("-") else word)
-        flag = name if word.startswith("--") and not equals else ""
-    return verb
-
-
-def _later(verb: Callable[..., str]) -> Callable[..., _Task]:
-    """Make a task of a verb, with the same arguments and help."""
-
-    @functools.wraps(verb)
-    def prepare(*arguments: Any, **settings: Any) -> _Task:
-        return _Task(functools.partial(verb, *arguments, **settings))
-
-    return prepare
-
-
-def _perform(result: Any) -> Any:
-    """Run a task and give what it says; without a verb, Fire shows the verbs."""
-    return result._action() if isinstance(result, _Task) else result
 
 
 def _fail(reason: str, code: int) -> None:
@@ -312,47 +256,6 @@ def _quieten() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
 
-def _run(configs: Sequence[str | Path], overrides: dict[str, Any]) -> Any:
-    """Initialise, run and finalise a workflow of the bundle.
-
-    Raises:
-        ConfigError: an override that names no setting.
-    """
-    from monai.bundle import ConfigWorkflow
-
-    files = [str(CONFIGS / config) for config in configs]
-    workflow = ConfigWorkflow(
-        config_file=files,
-        meta_file=str(CONFIGS / "metadata.json"),
-        logging_file=False,
-        workflow_type="train" if "train.json" in configs else "infer",
-        bundle_root=str(BUNDLE_ROOT),
-    )
-    known = workflow.parser.get()
-    for name in overrides:
-        if name.split("#")[0].split("::")[0] not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"there is no setting '{name}' in {', '.join(Path(file).name for file in files)}{hint}")
-    workflow.parser.update({name: _as_json(value, known.get(name)) for name, value in overrides.items()})
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow
-
-
-def _as_json(value: Any, default: Any) -> Any:
-    """Read a setting as a config would: `false` is no text, and where a list stands, one value is a list of one."""
-    if isinstance(value, str) and value.lower() in JSON_WORDS:
-        return JSON_WORDS[value.lower()]
-    if isinstance(value, str) and "#" in value and not value.startswith(CONFIG_SIGNS):
-        # In a config # divides ids and @ refers to one; in a path they are letters.
-        return "$" + repr(value).replace("#", r"\x23").replace("@", r"\x40")
-    if isinstance(value, tuple):
-        return list(value)
-    return [value] if isinstance(default, list) and isinstance(value, int | float) else value
-
-
 def _require_sense(
     asked: str | Sequence[str | int] | None,
     modality: str | None,
@@ -388,7 +291,12 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
     if not path.is_file():
         raise CheckpointError(f"there is no weights file {path}: check the path; training writes model.pt")
     card = ModelCard.beside(path)
-    return {"checkpoint": str(path), **card.network, **card.preprocessing, **({"trained": card.trained} if with_trained else {})}
+    return {
+        "checkpoint": str(path),
+        **card.network,
+        **card.preprocessing,
+        **({"trained": card.trained} if with_trained else {}),
+    }
 
 
 def _annotated_ids(datalist: Path, dataset_dir: str | Path) -> list[int]:
@@ -399,20 +307,3 @@ def _annotated_ids(datalist: Path, dataset_dir: str | Path) -> list[int]:
     vocabulary = Vocabulary.read(CONFIGS / "classes.yaml")
     cases = read_datalist(datalist, section="training", vocabulary=vocabulary, dataset_dir=dataset_dir)
     return sorted({class_id for case in cases for class_id in case["annotated"]})
-
-
-def _overlays(config: str | Sequence[str]) -> list[Path]:
-    """Find overlays by path, or by name within configs/.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    names = config.split(",") if isinstance(config, str) else config
-    found = []
-    for name in names:
-        places = [Path(name).absolute(), CONFIGS / name, CONFIGS / f"{name}.yaml"]
-        existing = [place for place in places if place.is_file()]
-        if not existing:
-            raise ConfigError(f"there is no overlay '{name}': give a path, or a name within {CONFIGS}")
-        found.append(existing[0])
-    return found

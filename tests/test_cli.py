@@ -21,6 +21,7 @@ from scripts import cli
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.checkpoints import save_state_dict
 from scripts.networks.model_card import ModelCard
+from scripts.workflow import as_setting
 
 ABDOMEN = ["liver", "spleen", "pancreas", "left kidney", "right kidney"]
 CHEST = ["right lung", "left lung", "cardiomediastinum"]
@@ -683,13 +684,13 @@ def test_paths_stay_as_they_are_typed(tmp_path, rng, run, model, monkeypatch, na
 
 
 def test_settings_are_read_as_in_a_config():
-    assert cli._as_json("false", True) is False
-    assert cli._as_json("null", 3) is None
-    assert cli._as_json(6, [1, 2]) == [6]
-    assert cli._as_json((40, 400), [0.0, 1.0]) == [40, 400]
-    assert cli._as_json("liver", None) == "liver"
-    assert cli._as_json("$[1, 2]", [3]) == "$[1, 2]"
-    assert cli._as_json(3, 4) == 3
+    assert as_setting("false", True) is False
+    assert as_setting("null", 3) is None
+    assert as_setting(6, [1, 2]) == [6]
+    assert as_setting((40, 400), [0.0, 1.0]) == [40, 400]
+    assert as_setting("liver", None) == "liver"
+    assert as_setting("$[1, 2]", [3]) == "$[1, 2]"
+    assert as_setting(3, 4) == 3
 
 
 def test_interruption(tmp_path, run, volume, model, monkeypatch):

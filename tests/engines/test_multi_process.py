@@ -170,9 +170,9 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
-    """Six cases with an untrained network; the second of the three test cases cannot be read."""
+    """Eight cases with an untrained network; the second of the five test cases cannot be read."""
     folder = tmp_path_factory.mktemp("multi_process")
-    write_phantoms(folder, training=2, validation=1, test=3, size=32, slices=12)
+    write_phantoms(folder, training=2, validation=1, test=5, size=32, slices=12)
     (folder / "images" / "phantom_004.nii.gz").write_bytes(b"")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -305,7 +305,7 @@ def test_only_one_process_logs(trainings):
 
 @pytest.fixture(scope="module")
 def evaluations(bundle_root, phantoms, tmp_path_factory):
-    """Evaluate with one process and with two; one of the three cases cannot be read."""
+    """Evaluate with one process and with two, one of which gets a case a second time to fill up its share."""
     folder = tmp_path_factory.mktemp("evaluation")
     return [
         run_bundle(
@@ -328,7 +328,7 @@ def test_two_processes_score_what_one_does(evaluations):
     for name in ("metrics.csv", "metrics.json"):
         assert (two.folder / name).read_bytes() == (one.folder / name).read_bytes()
     rows = list(csv.DictReader((two.folder / "metrics.csv").read_text().splitlines()))
-    assert {row["case"] for row in rows} == {"phantom_003", "phantom_005"}
+    assert {row["case"] for row in rows} == {"phantom_003", "phantom_005", "phantom_006", "phantom_007"}
     assert any(float(row["dsc"] or 0) > 0 for row in rows), "empty predictions prove nothing"
     assert [folder.name for folder in two.folder.parent.iterdir()] == ["0"]
     assert two.text.count('Protocol "all"') == one.text.count('Protocol "all"') == 1
@@ -337,14 +337,14 @@ def test_two_processes_score_what_one_does(evaluations):
 @pytest.mark.slow
 def test_two_processes_share_the_cases_out(evaluations):
     counts = [set(re.findall(r"evaluating: \[\d/(\d)\]", text)) for outcome in evaluations for text in outcome.ranks]
-    assert counts == [{"3"}, {"2"}, set()]
+    assert counts == [{"5"}, {"3"}, set()]
 
 
 @pytest.mark.slow
 def test_every_process_tells_of_a_case_that_failed_in_one(evaluations):
     for outcome in evaluations:
         assert outcome.status != 0
-        assert all("1 of 3 cases failed: phantom_004" in text for text in outcome.ranks)
+        assert all("1 of 5 cases failed: phantom_004" in text for text in outcome.ranks)
 
 
 @pytest.mark.slow

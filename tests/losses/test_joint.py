@@ -86,8 +86,16 @@ def test_dice_of_all_together_is_the_default(present, generator):
     prediction = prediction_of(generator, *targets.present.shape)
     probability, mask, _ = as_arrays(prediction, targets)
     expected = 1 - (2 * (probability * mask).sum() + 1e-5) / ((probability**2).sum() + (mask**2).sum() + 1e-5)
-    assert parts_of(prediction, targets)["dice"] == pytest.approx(expected, rel=1e-5)
+    loss = JointLoss()
+    loss(prediction, targets)
+    assert loss.components["dice"].item() == pytest.approx(expected, rel=1e-5)
     assert pooled_dice(torch.from_numpy(probability), torch.from_numpy(mask)).item() == pytest.approx(expected)
+
+
+def test_nothing_predicted_of_nothing_costs_nothing(generator):
+    prediction, targets = prediction_of(generator, 1, 2), targets_of([[False, False]])
+    silent = prediction._replace(logits=torch.full_like(prediction.logits, -1e4))
+    assert parts_of(silent, targets)["dice"] == pytest.approx(0, abs=1e-6)
 
 
 def test_both_forms_of_dice_agree_on_one_present_prompt(generator):
@@ -305,6 +313,13 @@ def test_a_choice_of_losses(generator):
     assert total == pytest.approx(0.5 * parts + 2 * math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_what_takes_no_part_is_not_computed(name, generator):
+    loss = JointLoss(losses=(name,))
+    loss(prediction_of(generator, 1, 1), targets_of([[True]]))
+    assert set(loss.components) == {name, "cross_entropy", "cross_entropy_present", "cross_entropy_absent"}
+
+
 def test_without_cross_entropy_it_is_told_but_does_not_count(generator):
     loss, targets, prediction = JointLoss(losses=["dice"]), targets_of(MIXED), prediction_of(generator, 2, 3)
     total = loss(prediction, targets).item()
@@ -373,7 +388,7 @@ def test_a_present_class_without_a_single_pixel_stays_finite(generator):
 
 def test_half_precision_is_summed_in_single(generator):
     targets, prediction = targets_of(MIXED), prediction_of(generator, 2, 3)
-    half = prediction._replace(logits=(prediction.logits.detach() * 100).half())
+    half = prediction._replace(logits=prediction.logits.detach().half())
     total = JointLoss()(half, targets)
     assert total.dtype == torch.float32
     exact = JointLoss()(half._replace(logits=half.logits.float()), targets)
