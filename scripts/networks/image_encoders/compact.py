@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scripts.errors import ConfigError, InputError
+from scripts.errors import ConfigError
+from scripts.networks.image_encoders.square_input import require_square
 
 EMBEDDING_CHANNELS = 256
 STAGE_CHANNELS = (32, 64, 128, 192)  # at strides 2, 4, 8 and 16
@@ -90,11 +91,7 @@ class CompactEncoder(nn.Module):
         Raises:
             InputError: an image of another shape.
         """
-        side = self.image_size
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side):
-            raise InputError(
-                f"this image encoder expects (B, 3, {side}, {side}), got {tuple(image.shape)}: resize the image"
-            )
+        require_square(image, self.image_size)
         levels = []
         features = image
         for index, stage in enumerate(self.stages):

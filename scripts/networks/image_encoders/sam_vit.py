@@ -11,7 +11,8 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from scripts.errors import ConfigError, InputError
+from scripts.errors import ConfigError
+from scripts.networks.image_encoders.square_input import require_square
 
 PUBLISHED_SIZE = 1024  # pixels
 PATCH_SIZE = 16  # pixels
@@ -88,11 +89,7 @@ class SamVit(ImageEncoderViT):
         Raises:
             InputError: an image of another shape.
         """
-        side = self.image_size
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side):
-            raise InputError(
-                f"this image encoder expects (B, 3, {side}, {side}), got {tuple(image.shape)}: resize the image"
-            )
+        require_square(image, self.image_size)
         return super().forward(image)
 
 

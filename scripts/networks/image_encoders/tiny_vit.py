@@ -13,7 +13,8 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from torch import nn
 
-from scripts.errors import ConfigError, InputError
+from scripts.errors import ConfigError
+from scripts.networks.image_encoders.square_input import require_square
 
 EMBEDDING_CHANNELS = 256
 STAGE_CHANNELS = (64, 128, 160, 320)
@@ -303,11 +304,7 @@ class TinyViT(nn.Module):
         Raises:
             InputError: an image of another shape.
         """
-        side = self.image_size
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side):
-            raise InputError(
-                f"this image encoder expects (B, 3, {side}, {side}), got {tuple(image.shape)}: resize the image"
-            )
+        require_square(image, self.image_size)
         return self.neck(self.layers(self.patch_embed(image)))
 
 
