@@ -12,8 +12,8 @@ from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
-from scripts.data.postprocessing import DrawOverlayd, LogitsToLabelMapd, LogitsToMasksd, SaveImageSegmentationd
 from scripts.data.vocabulary import Vocabulary
+from scripts.engines.postprocessing import DrawOverlayd, LogitsToLabelMapd, LogitsToMasksd, SaveImageSegmentationd
 from scripts.errors import OutputError
 
 SURE = 4.0  # a logit
