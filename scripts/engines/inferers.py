@@ -1,12 +1,13 @@
 """From a whole case to the logits of every class asked for: each slice is encoded once for all its classes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
+from tqdm import tqdm
 
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.engines.batches import diffusion_noise
@@ -31,6 +32,7 @@ class ClassPromptInferer(Inferer):
             memory.
         noise_seed: None for no diffusion noise, so that the answer is one function of the image; else the noise is
             drawn for each slice and class from this seed, the case, the slice and the class.
+        progress: whether to show a bar of the slices of a volume.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class ClassPromptInferer(Inferer):
         slices_at_once: int = 4,
         prompts_at_once: int = 16,
         noise_seed: int | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         self.class_ids = class_ids
         self.slices_at_once = slices_at_once
         self.prompts_at_once = prompts_at_once
         self.noise_seed = noise_seed
+        self.progress = progress
 
     def __call__(  # type: ignore[override]
         self,
@@ -74,12 +78,18 @@ class ClassPromptInferer(Inferer):
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
         logits = image.new_full((len(ids), height, width, depth), ABSENT_LOGIT)
-        for start in range(0, depth, self.slices_at_once):
+        for start in self._chunks(depth):
             chunk = slice(start, start + self.slices_at_once)
             asked = None if presence is None else presence[0, :, chunk]
             answer = self._segment(model, image[..., chunk], ids, asked, start, case)
             logits[..., chunk] = answer.permute(1, 2, 3, 0)  # (n, K, H, W) -> (K, H, W, n)
         return logits.unsqueeze(0)
+
+    def _chunks(self, depth: int) -> Iterable[int]:
+        """Give the first slice of each chunk, with a bar where there are several."""
+        starts = range(0, depth, self.slices_at_once)
+        hidden = not self.progress or len(starts) == 1
+        return tqdm(starts, desc="slices", unit_scale=self.slices_at_once, leave=False, disable=hidden)
 
     def _segment(
         self,

@@ -175,3 +175,10 @@ def test_a_network_wrapped_for_several_processes_is_unwrapped(network, volume):
 
 def test_metadata_of_the_image_does_not_get_into_the_answer(network, volume):
     assert type(ClassPromptInferer()(MetaTensor(volume), network, class_ids=[2])) is torch.Tensor
+
+
+@pytest.mark.parametrize(("progress", "slices", "shown"), [(True, 5, True), (True, 2, False), (False, 5, False)])
+def test_a_volume_of_many_slices_shows_how_far_it_is(build_network, capsys, progress, slices, shown):
+    image = torch.rand(1, 1, 8, 8, slices) * 255
+    ClassPromptInferer(slices_at_once=2, progress=progress)(image, build_network().eval(), class_ids=[1])
+    assert ("slices:" in capsys.readouterr().err) is shown
