@@ -211,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fire.Fire(verbs, command=for_fire(words, verbs), name="automedsam", serialize=perform)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # who reads, `head` perhaps, has seen enough; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         from scripts.engines.evaluators import intended_error
 

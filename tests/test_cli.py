@@ -905,3 +905,13 @@ def test_classes_of_the_vocabulary_and_of_the_shipped_model(run):
     assert outcome.code == 0
     assert re.search(r"^ +1 +liver +occurs in CT, MR; known in CT$", outcome.out, re.MULTILINE)
     assert re.search(r"^ +6 +polyp +occurs in endoscopy; not known to the shipped model$", outcome.out, re.MULTILINE)
+
+
+def test_a_reader_that_has_seen_enough_is_no_defect(bundle_root):
+    words = [sys.executable, "-m", "scripts", "classes"]
+    with subprocess.Popen(words, cwd=bundle_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        complaint = process.stderr.read().decode()
+        process.wait()
+    assert "Traceback" not in complaint
+    assert "BrokenPipe" not in complaint
