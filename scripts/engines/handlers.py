@@ -402,7 +402,7 @@ class SaveBest:
         network: whose weights are saved.
         path: of the weights; the card lies beside it, with the suffix .json.
         metric: name in `engine.state.metrics`, higher being better.
-        write_card: called with the card's path and the metric's value.
+        write_card: called with the card's path, and the metric's value and epoch.
     """
 
     def __init__(
@@ -433,7 +433,7 @@ class SaveBest:
             prepare_output_folder(self.path.parent)
             save_state_dict(self.network.state_dict(), self.path)
             if self.write_card is not None:
-                self.write_card(self.path.with_suffix(".json"), {self.metric: value})
+                self.write_card(self.path.with_suffix(".json"), {self.metric: value, "epoch": engine.state.epoch})
             logger.info("best so far: %s %.4f, saved as %s", self.metric, value, self.path.name)
 
     def announce(self) -> None:

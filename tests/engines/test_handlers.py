@@ -168,6 +168,13 @@ def test_the_loss_weights_join_the_optimizer_only_once(run, with_loss):
         assert len(trainer.optimizer.param_groups) == 2
 
 
+def test_a_trainer_that_runs_again_logs_anew(run, tmp_path):
+    trainer = run(batches=[1, 2])
+    for _ in range(2):
+        trainer.run()
+        assert [row["iteration"] for row in read_csv(tmp_path / "log" / "losses.csv")] == [1, 2]
+
+
 def test_fixed_loss_weights_stay(run):
     loss = JointLoss(weighting="fixed")
     run(loss=loss).run()
@@ -559,7 +566,7 @@ def test_the_best_network_is_kept(validate, tmp_path):
     better = validate(np.float64(0.6))
     assert_equal_states(better, validate.network.state_dict())
     card = ModelCard.beside(tmp_path / "out" / "model.pt")
-    assert card.training == {"seed": 3, "dsc": 0.6}
+    assert card.training == {"seed": 3, "dsc": 0.6, "epoch": 1}
     assert card.trained == {"CT": ["liver"]}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.json", "model.pt"]
 
