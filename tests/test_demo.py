@@ -74,9 +74,8 @@ def test_segmented_volume_was_not_trained_on(demo):
     output, _ = demo
     content = json.loads((output / "phantoms" / "datalist.json").read_text())
     (labels,) = (output / "segmented").glob("*_seg.nii.gz")
-    case = labels.name.removesuffix("_seg.nii.gz")
-    assert case in [entry["case"] for entry in content["test"]]
-    truth = nibabel.load(output / "phantoms" / "masks" / f"{case}.nii.gz")
+    unseen = {entry["case"]: entry["label"] for entry in content["test"]}
+    truth = nibabel.load(output / "phantoms" / unseen[labels.name.removesuffix("_seg.nii.gz")])
     predicted = nibabel.load(labels)
     assert np.allclose(predicted.affine, truth.affine)
     found, real = (np.asarray(image.dataobj) == 1 for image in (predicted, truth))

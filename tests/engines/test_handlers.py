@@ -577,7 +577,7 @@ def test_a_score_that_is_no_number_is_not_the_best(validate):
 
 
 def test_the_best_score_is_part_of_the_state(validate, build_network, tmp_path):
-    validate(0.5)
+    validate(np.float64(0.5))  # as scores come; a state of NumPy's own types could not be loaded again
     state = validate.best.state_dict()
     torch.save(state, tmp_path / "state.pt")
     other = SaveBest(build_network(), path=tmp_path / "other" / "model.pt", metric="dsc")
