@@ -137,7 +137,10 @@ def _as_masks(channels: torch.Tensor) -> np.ndarray:
 def _merged(parts: Sequence[Sequence[ClassScore]]) -> list[ClassScore]:
     """Order the scores of all processes by case and class, so that the number of processes does not show.
 
-    A case that two of them had, to fill up their share, counts once.
+    A case that a second process had too, to fill up its share, counts once.
     """
-    unique = {(score.case, score.class_id): score for part in parts for score in part}
-    return [unique[key] for key in sorted(unique)]
+    merged: list[ClassScore] = []
+    for part in parts:
+        known = {score.case for score in merged}
+        merged += [score for score in part if score.case not in known]
+    return sorted(merged, key=lambda score: (score.case, score.class_id))
