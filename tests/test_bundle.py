@@ -192,7 +192,7 @@ def trained(tmp_path_factory, tiny_phantoms):
 def test_training_runs_from_the_root_of_the_bundle(trained):
     written = {path.name.split(".out.")[0] for path in trained.iterdir()}
     assert written == {"model.pt", "model.json", "last.pt", "losses.csv", "epochs.csv", "events"}
-    assert json.loads((trained / "model.json").read_text())["training"]["max_epochs"] == 1
+    assert json.loads((trained / "model.json").read_text())["training"]["epoch"] == 1
 
 
 def test_training_leaves_the_shipped_model_alone(trained, bundle_root):

@@ -167,7 +167,7 @@ def test_another_seed_gives_other_losses(train, first_epoch, tmp_path):
 
 
 def test_a_resumed_run_logs_the_same_numbers(whole, resumed):
-    for name in ("losses.csv", "epochs.csv"):
+    for name in ("losses.csv", "epochs.csv", "model.json"):
         assert (resumed / name).read_text() == (whole / name).read_text()
 
 
