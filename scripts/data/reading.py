@@ -576,8 +576,8 @@ class LoadLabeld(MapTransform):
         allow_missing_keys: do nothing where a key is absent.
 
     Raises:
-        InputError: a file that cannot be read, a geometry other than the image's, values that ``label_map`` does not
-            explain, or a colour picture.
+        InputError: no label, a file that cannot be read, a geometry other than the image's, values that ``label_map``
+            does not explain, or a colour picture.
     """
 
     def __init__(
@@ -597,6 +597,9 @@ class LoadLabeld(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of ``data`` with ``(K, X, Y, Z)`` uint8 labels of {0, 1} in the image's geometry."""
         result = dict(data)
+        missing = [str(key) for key in self.keys if key not in result]
+        if missing and not self.allow_missing_keys:
+            raise InputError(f"{result.get('case', 'a case')}: expected a {missing[0]} in the datalist, got none")
         for key in self.key_iterator(result):
             if result[key] is None:
                 continue

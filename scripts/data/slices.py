@@ -118,6 +118,7 @@ class PromptedSlices(Dataset):
         augmentation: random transforms of `image` (3, S, S) and `label` (K, S, S); None for none.
         distance_form: the distance map of the Shape Distance loss.
         seed: of everything random in here.
+        progress: whether to show a bar while the cases are read.
 
     Raises:
         InputError: no case, or a case that annotates none of the classes.
@@ -136,6 +137,7 @@ class PromptedSlices(Dataset):
         augmentation: Compose | None = None,
         distance_form: DistanceMap = "soft",
         seed: int = 0,
+        progress: bool = True,
     ) -> None:
         if not 0 <= absent_share <= 1 or classes_per_image < 1:
             raise ConfigError(
@@ -144,7 +146,7 @@ class PromptedSlices(Dataset):
             )
         self.class_ids = np.array(sorted(class_ids))
         self._require_questions(data)
-        self.cases = CacheDataset(data, transform, progress=True, num_workers=None)
+        self.cases = CacheDataset(data, transform, progress=progress, num_workers=None)
         self.classes_per_image = classes_per_image
         self.absent_share = absent_share
         self.box_growth = box_growth

@@ -752,8 +752,8 @@ def test_case_without_label(tmp_path):
     case = _picture_case(tmp_path)
     assert LoadLabeld([6])(case | {"label": None})["label"] is None
     assert "label" not in LoadLabeld([6], allow_missing_keys=True)(case)
-    with pytest.raises(KeyError):
-        LoadLabeld([6])(case)
+    with pytest.raises(InputError, match="case_7: expected a label in the datalist, got none"):
+        LoadLabeld([6])(case | {"case": "case_7"})
 
 
 def test_real_label_map(shared):
