@@ -1,11 +1,13 @@
 """The class vocabulary: the only place where a class name becomes a number, and a modality a canonical name.
 
+It also knows what cannot be: which class never shows in which modality, or in an image of which part of the body.
+
 `configs/classes.yaml` is its table; prompts, label maps, metadata and reports all go through it.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from scripts.errors import ConfigError, PromptError
 
 _SEPARATORS = re.compile(r"[\s_.\-]+")
 _MODALITY_KEYS = {"description", "synonyms", "dicom_codes"}
+_REGION_KEYS = {"neighbours"}
 _CLASS_KEYS = {"id", "name", "synonyms", "modalities", "region", "partner", "colour"}
 _SHORTEST_PART = 4  # letters from which a part of a name ("kidney") says which classes may be meant
 _SURELY_MEANT = 0.85  # share of matching letters between synonyms; at 0.8 "heart" would mean "hepar", the liver
@@ -40,6 +43,19 @@ class Modality:
 
 
 @dataclass(frozen=True)
+class Region:
+    """One part of the body.
+
+    Attributes:
+        name: e.g. "abdomen".
+        neighbours: names of the regions that an image of this one may show as well.
+    """
+
+    name: str
+    neighbours: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ClassEntry:
     """One class that can be prompted.
 
@@ -48,7 +64,7 @@ class ClassEntry:
         name: its name as shown to people.
         synonyms: other names for exactly this class.
         modalities: canonical names of the modalities in which it can be seen.
-        region: the part of the body it belongs to.
+        region: name of the part of the body it belongs to.
         partner: id of the class that takes its place when an image is mirrored left to right, None without one.
         colour: red, green, blue in 0..255.
     """
@@ -64,16 +80,18 @@ class ClassEntry:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The classes and modalities of one table; made by `Vocabulary.read`.
+    """The classes, modalities and regions of one table; made by `Vocabulary.read`.
 
     Attributes:
         entries: the classes in ascending id order.
         modalities: the modalities in the order of the table.
+        regions: the regions in the order of the table.
         source: the file they came from, for error texts.
     """
 
     entries: tuple[ClassEntry, ...]
     modalities: tuple[Modality, ...]
+    regions: tuple[Region, ...]
     source: str
 
     @classmethod
@@ -81,15 +99,16 @@ class Vocabulary:
         """Read and check a vocabulary table.
 
         Args:
-            path: a YAML file with `modalities` and `classes`, see `configs/classes.yaml`.
+            path: a YAML file with `modalities`, `regions` and `classes`, see `configs/classes.yaml`.
 
         Raises:
             ConfigError: the file is missing or not YAML, or a row breaks a rule; the text names the row.
         """
         table = _load_yaml(Path(path))
         modalities = tuple(_read_modalities(table["modalities"], str(path)))
-        entries = _read_classes(table["classes"], modalities, str(path))
-        return cls(entries=entries, modalities=modalities, source=str(path))
+        regions = tuple(_read_regions(table["regions"], str(path)))
+        entries = _read_classes(table["classes"], modalities, regions, str(path))
+        return cls(entries=entries, modalities=modalities, regions=regions, source=str(path))
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -149,6 +168,41 @@ class Vocabulary:
             raise PromptError(f"Modality {name_or_code!r} is unknown. Choose one of {choices}.")
         return self._by_modality[key]
 
+    def region(self, name: str) -> Region:
+        """Look up a region by its name, as forgiving as `resolve`.
+
+        Raises:
+            PromptError: there is no such region; the text lists the choices.
+        """
+        key = _normalise(str(name))
+        if key not in self._by_region:
+            choices = ", ".join(region.name for region in self.regions)
+            raise PromptError(f"Region {name!r} is unknown. Choose among {choices}.")
+        return self._by_region[key]
+
+    def can_occur(self, class_id: int, *, modality: str, regions: Collection[str] | None) -> bool:
+        """Tell whether an image can show a class at all.
+
+        A polyp cannot be in an MR image of the heart: neither does MR show polyps, nor is the heart near the gut.
+
+        Args:
+            class_id: of the class.
+            modality: of the image, as a name, synonym or DICOM code.
+            regions: parts of the body of which the image is; None or none at all when unknown.
+
+        Returns:
+            False where the class is never seen in this modality, or where the regions are known and the class's own
+            is neither among them nor a neighbour of one of them.
+
+        Raises:
+            PromptError: an unknown class, modality or region.
+        """
+        entry = self.entry(class_id)
+        if self.modality(modality).name not in entry.modalities:
+            return False
+        shown = [self.region(name) for name in regions or ()]
+        return not shown or any(entry.region in (region.name, *region.neighbours) for region in shown)
+
     @cached_property
     def _by_id(self) -> dict[int, ClassEntry]:
         return {entry.id: entry for entry in self.entries}
@@ -160,6 +214,10 @@ class Vocabulary:
     @cached_property
     def _by_modality(self) -> dict[str, Modality]:
         return {_normalise(name): modality for modality in self.modalities for name in _modality_names(modality)}
+
+    @cached_property
+    def _by_region(self) -> dict[str, Region]:
+        return {_normalise(region.name): region for region in self.regions}
 
     def _class_choices(self) -> str:
         return f"Known classes: {', '.join(f'{entry.id} {entry.name}' for entry in self.entries)}."
@@ -298,8 +356,8 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"The class vocabulary {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"The class vocabulary {path} is not valid YAML: {error}") from error
-    if not isinstance(table, dict) or set(table) != {"modalities", "classes"}:
-        raise ConfigError(f"{path} must hold the two keys 'modalities' and 'classes', and no other.")
+    if not isinstance(table, dict) or set(table) != {"modalities", "regions", "classes"}:
+        raise ConfigError(f"{path} must hold the three keys 'modalities', 'regions' and 'classes', and no other.")
     return table
 
 
@@ -320,13 +378,35 @@ def _read_modalities(rows: Any, source: str) -> Iterator[Modality]:
         yield modality
 
 
-def _read_classes(rows: Any, modalities: Sequence[Modality], source: str) -> tuple[ClassEntry, ...]:
+def _read_regions(rows: Any, source: str) -> Iterator[Region]:
+    if not isinstance(rows, dict) or not rows:
+        raise ConfigError(f"{source}: 'regions' must map each region to its row.")
+    taken: dict[str, str] = {}
+    for name, fields in rows.items():
+        row = _Row(fields, f"{source}: region {name!r}", allowed=_REGION_KEYS)
+        region = Region(row.checked(name, _is_text, "a name that is a text"), row.texts("neighbours"))
+        row.claim([name], owner=name, taken=taken)
+        one_sided = [other for other in region.neighbours if other == name or not _names(rows.get(other), name)]
+        if one_sided:
+            raise row.error(f"{', '.join(one_sided)}: neighbours must be other regions that name this one in turn")
+        yield region
+
+
+def _names(fields: Any, region: str) -> bool:
+    """Tell whether a region's row names another one as its neighbour."""
+    return isinstance(fields, dict) and _is_texts(fields.get("neighbours")) and region in fields["neighbours"]
+
+
+def _read_classes(
+    rows: Any, modalities: Sequence[Modality], regions: Sequence[Region], source: str
+) -> tuple[ClassEntry, ...]:
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{source}: 'classes' must be a list of rows.")
     table = [_Row(fields, f"{source}: class row {index}", allowed=_CLASS_KEYS) for index, fields in enumerate(rows, 1)]
     ids = _class_ids(table)
     known = [modality.name for modality in modalities]
-    entries = [_read_class(row, ids, known) for row in table]
+    parts = [region.name for region in regions]
+    entries = [_read_class(row, ids, known, parts) for row in table]
     _check_unique_names(table, entries)
     _check_partners(table, entries)
     _check_unique_colours(table, entries)
@@ -346,7 +426,7 @@ def _class_ids(table: Sequence["_Row"]) -> dict[str, int]:
     return ids
 
 
-def _read_class(row: "_Row", ids: Mapping[str, int], known: Sequence[str]) -> ClassEntry:
+def _read_class(row: "_Row", ids: Mapping[str, int], known: Sequence[str], regions: Sequence[str]) -> ClassEntry:
     partner = row.text("partner") if "partner" in row.fields else None
     if partner is not None and partner not in ids:
         raise row.error(f"its partner {partner!r} is no class of this table")
@@ -355,7 +435,7 @@ def _read_class(row: "_Row", ids: Mapping[str, int], known: Sequence[str]) -> Cl
         name=row.fields["name"],
         synonyms=row.texts("synonyms", default=()),
         modalities=_known_modalities(row, known),
-        region=row.text("region"),
+        region=row.checked(row.text("region"), regions.__contains__, f"'region' as one of {', '.join(regions)}"),
         partner=None if partner is None else ids[partner],
         colour=tuple(row.value("colour", _is_colour, "three whole numbers in 0..255")),
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from scripts.data.vocabulary import ClassEntry, Modality, Vocabulary, choose_classes, parse_prompts
+from scripts.data.vocabulary import ClassEntry, Modality, Region, Vocabulary, choose_classes, parse_prompts
 from scripts.errors import ConfigError, PromptError
 
 TABLE: dict[str, Any] = {
@@ -17,6 +17,12 @@ TABLE: dict[str, Any] = {
         "CT": {"description": "computed tomography", "synonyms": ["CAT scan"], "dicom_codes": ["CT"]},
         "MR": {"description": "magnetic resonance", "synonyms": ["MRI"], "dicom_codes": ["MR"]},
         "endoscopy": {"description": "endoscopes", "dicom_codes": ["ES"]},
+    },
+    "regions": {
+        "abdomen": {"neighbours": ["colon", "thorax"]},
+        "colon": {"neighbours": ["abdomen"]},
+        "thorax": {"neighbours": ["abdomen"]},
+        "head": {"neighbours": []},
     },
     "classes": [
         {
@@ -96,16 +102,39 @@ def test_shipped_ids_keep_their_meaning(shipped):
         13: "left ventricle",
         14: "brain tumour",
         15: "lung",
+        16: "retinal vessel",
+        17: "breast lesion",
+        18: "cell nucleus",
     }
 
 
 def test_shipped_modalities(shipped):
-    assert shipped.modality_names == ("CT", "MR", "endoscopy", "dermoscopy", "xray")
+    assert shipped.modality_names == (
+        "CT",
+        "MR",
+        "endoscopy",
+        "dermoscopy",
+        "xray",
+        "fundus",
+        "ultrasound",
+        "microscopy",
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "name"),
-    [("CT", "CT"), ("MR", "MR"), ("ES", "endoscopy"), ("DMS", "dermoscopy"), ("CR", "xray"), ("DX", "xray")],
+    [
+        ("CT", "CT"),
+        ("MR", "MR"),
+        ("ES", "endoscopy"),
+        ("DMS", "dermoscopy"),
+        ("CR", "xray"),
+        ("DX", "xray"),
+        ("OP", "fundus"),
+        ("US", "ultrasound"),
+        ("SM", "microscopy"),
+        ("GM", "microscopy"),
+    ],
 )
 def test_shipped_dicom_codes(shipped, code, name):
     assert shipped.modality(code).name == name
@@ -142,10 +171,43 @@ def test_shipped_colours_are_distinct_and_not_grey(shipped):
         ("lien", 2),
         ("brain tumor", 14),
         ("lungs", 15),
+        ("retinal vessels", 16),
+        ("breast tumor", 17),
+        ("nuclei", 18),
     ],
 )
 def test_shipped_synonyms(shipped, prompt, class_id):
     assert shipped.resolve(prompt).id == class_id
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "regions", "possible"),
+    [
+        ("polyp", "MR", ["thorax"], False),  # of a heart
+        ("polyp", "endoscopy", ["gastrointestinal tract"], True),
+        ("liver", "endoscopy", None, False),
+        ("liver", "MR", ["thorax"], True),  # below the heart
+        ("left lung", "CT", ["abdomen"], True),  # its base
+        ("left kidney", "MR", ["head"], False),
+        ("brain tumour", "MR", ["abdomen"], False),
+        ("brain tumour", "MR", ["abdomen", "head"], True),
+        ("brain tumour", "MR", None, True),
+        ("breast lesion", "MR", ["thorax"], True),
+        ("breast lesion", "xray", ["breast"], False),
+        ("retinal vessel", "fundus", ["eye"], True),
+        ("skin lesion", "microscopy", ["tissue section"], False),
+        ("cell nucleus", "microscopy", ["tissue section"], True),
+    ],
+)
+def test_shipped_classes_occur_where_they_belong(shipped, name, modality, regions, possible):
+    assert shipped.can_occur(shipped.resolve(name).id, modality=modality, regions=regions) is possible
+
+
+def test_every_shipped_class_occurs_in_its_own_modalities_and_region(shipped):
+    for entry in shipped.entries:
+        for modality in shipped.modality_names:
+            possible = shipped.can_occur(entry.id, modality=modality, regions=[entry.region])
+            assert possible == (modality in entry.modalities), (entry.name, modality)
 
 
 # Looking up
@@ -165,6 +227,7 @@ def test_rows_become_entries_in_id_order(vocabulary):
         colour=(0, 0, 255),
     )
     assert vocabulary.modalities[2] == Modality("endoscopy", "endoscopes", (), ("ES",))
+    assert vocabulary.regions[0] == Region("abdomen", ("colon", "thorax"))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +302,43 @@ def test_unknown_modality_lists_the_choices(vocabulary):
         vocabulary.modality("US")
 
 
+LIVER_ID, POLYP_ID = 1, 6
+
+
+@pytest.mark.parametrize(
+    ("class_id", "modality", "regions", "possible"),
+    [
+        (LIVER_ID, "CT", ["abdomen"], True),
+        (LIVER_ID, "MR", ["abdomen"], False),  # another modality
+        (LIVER_ID, "CT", ["thorax"], True),  # a neighbour
+        (LIVER_ID, "CT", ["head"], False),
+        (LIVER_ID, "CT", ["head", "thorax"], True),
+        (LIVER_ID, "CT", None, True),  # nothing known
+        (LIVER_ID, "CT", [], True),
+        (POLYP_ID, "endoscopy", ["thorax"], False),  # a neighbour's neighbour is none
+        (LIVER_ID, "cat_scan", ["Thorax "], True),
+    ],
+)
+def test_what_can_occur_where(vocabulary, class_id, modality, regions, possible):
+    assert vocabulary.can_occur(class_id, modality=modality, regions=regions) is possible
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"class_id": 7, "modality": "CT", "regions": None}, "Class id 7 is unknown"),
+        ({"class_id": 1, "modality": "PT", "regions": None}, "Modality 'PT' is unknown"),
+        (
+            {"class_id": 1, "modality": "CT", "regions": ["belly"]},
+            r"Region 'belly' is unknown\. Choose among abdomen, colon, thorax, head\.",
+        ),
+    ],
+)
+def test_what_is_unknown_is_neither_possible_nor_impossible(vocabulary, question, message):
+    with pytest.raises(PromptError, match=message):
+        vocabulary.can_occur(question.pop("class_id"), **question)
+
+
 # Reading
 
 
@@ -266,6 +366,7 @@ def broken(index: int, **fields: object) -> dict:
         (LIVER, {"modalities": ["US"]}, r"\['US'\] are not in the table; choose from CT, MR, endoscopy"),
         (LIVER, {"modalities": []}, r"modalities .* choose from CT, MR, endoscopy"),
         (LIVER, {"region": None}, "expected 'region' as a text, but None came"),
+        (LIVER, {"region": "belly"}, "'region' as one of abdomen, colon, thorax, head, but 'belly' came"),
         (LIVER, {"colour": [1, 2]}, r"expected 'colour' as three whole numbers in 0..255, but \[1, 2\] came"),
         (LIVER, {"colour": "red"}, "three whole numbers in 0..255, but 'red' came"),
         (LIVER, {"colour": None}, "three whole numbers in 0..255, but None came"),
@@ -312,9 +413,31 @@ def test_broken_modalities_are_named(tmp_path, modalities, message):
         Vocabulary.read(write_table(tmp_path, {**TABLE, "modalities": modalities}))
 
 
-@pytest.mark.parametrize("table", [[], ["modalities", "classes"], None, 3, {"classes": []}, {**TABLE, "more": 1}])
-def test_table_without_its_two_keys(tmp_path, table):
-    with pytest.raises(ConfigError, match="must hold the two keys 'modalities' and 'classes'"):
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ({"abdomen": None}, "region 'abdomen': a row has the keys neighbours"),
+        ({"abdomen": {}}, "region 'abdomen': expected 'neighbours' as a list of texts, but None came"),
+        ({"abdomen": {"neighbours": "colon"}}, "expected 'neighbours' as a list of texts, but 'colon' came"),
+        ({"abdomen": {"neighbours": ["belly"]}}, "region 'abdomen': belly: neighbours must be other regions"),
+        ({"abdomen": {"neighbours": ["abdomen"]}}, "region 'abdomen': abdomen: neighbours must be other regions"),
+        ({"a": {"neighbours": ["b"]}, "b": {"neighbours": []}}, "region 'a': b: neighbours must be other regions"),
+        ({"a": {"neighbours": []}, "A ": {"neighbours": []}}, "the name 'A ' is taken already, by 'a'"),
+        ({3: {"neighbours": []}}, "expected a name that is a text, but 3 came"),
+        ({}, "'regions' must map each region to its row"),
+        (["abdomen"], "'regions' must map each region to its row"),
+    ],
+)
+def test_broken_regions_are_named(tmp_path, regions, message):
+    with pytest.raises(ConfigError, match=message):
+        Vocabulary.read(write_table(tmp_path, {**TABLE, "regions": regions}))
+
+
+@pytest.mark.parametrize(
+    "table", [[], ["modalities", "regions", "classes"], None, 3, {"classes": []}, {**TABLE, "more": 1}]
+)
+def test_table_without_its_three_keys(tmp_path, table):
+    with pytest.raises(ConfigError, match="must hold the three keys 'modalities', 'regions' and 'classes'"):
         Vocabulary.read(write_table(tmp_path, table))
 
 
