@@ -1,4 +1,7 @@
-"""The datalist: a JSON file that says which images, labels, modalities and annotated classes make up a data set."""
+"""The datalist: a JSON file that says which images, labels, modalities and annotated classes make up a data set.
+
+Several of them can be read as one: classes are known by name, so that the same name has the same id in all.
+"""
 
 import json
 import os
@@ -11,8 +14,10 @@ from scripts.data.vocabulary import Vocabulary
 from scripts.errors import InputError, PromptError
 from scripts.files import atomic_path
 
-_ENTRY_KEYS = ("case", "image", "label", "modality", "classes", "patient")
+_ENTRY_KEYS = ("case", "image", "label", "modality", "classes", "patient", "regions", "counts")
+_COUNT_KEYS = {"slices", "voxels"}
 
+Place = str | os.PathLike[str]
 FilePaths = str | list[str]
 LabelPaths = FilePaths | dict[int, FilePaths]
 
@@ -24,54 +29,62 @@ class _Source:
     path: Path
     dataset_dir: Path
     vocabulary: Vocabulary
-    label_map: dict[int, int]
+    name: str
+    label_map: dict[int, int | None]
 
 
 def read_datalist(
-    path: str | Path,
+    path: Place | Sequence[Place],
     *,
     section: str | Sequence[str],
     vocabulary: Vocabulary,
-    dataset_dir: str | Path | None = None,
+    dataset_dir: Place | None = None,
 ) -> list[dict[str, Any]]:
-    """Read and check the cases of one or more sections of a datalist.
+    """Read and check the cases of one or more sections of a datalist, or of several datalists as one.
 
     The file is `{"name": ..., "label_map": {"1": "liver", ...}, "training": [entry, ...], "validation": [...], ...}`
-    with entries `{"case", "image", "label", "modality", "classes", "patient"}`. `image` is one file or the slices of a
-    stack in order; `label` is a label-map file, a list parallel to `image`, or `{class name: mask file or list}`.
-    `label` may be missing for a case that is only predicted. `classes` names what is annotated in the case (default:
-    all of `label_map`, or of the mask files); `patient` defaults to the case.
+    with entries of the keys case, image, label, modality, classes, patient, regions and counts. `image` is one file or
+    the slices of a stack in order; `label` is a label-map file, a list parallel to `image`, or
+    `{class name: mask file or list}`. `label` may be missing for a case that is only predicted. In `label_map` a class
+    of null is a file value that is read and ignored. `classes` names what is annotated in the case (default: all of
+    `label_map`, or of the mask files); `patient` defaults to the case, `regions` to those of the annotated classes;
+    `counts` is `{"slices": n, "voxels": {class name: n}}` as they were when the datalist was made.
 
     Args:
-        path: the datalist.
-        section: name or names of the sections to read; the cases come in this order.
-        vocabulary: gives classes their ids and modalities their canonical names.
-        dataset_dir: the folder that relative paths start from; default: the datalist's own.
+        path: the datalist, or a list of them.
+        section: name or names of the sections to read, which each datalist must have.
+        vocabulary: gives classes their ids and modalities their canonical names, and says what can occur where.
+        dataset_dir: the folder that relative paths start from; default: the datalist's own. In a list of datalists
+            relative paths start from each one's own folder, whatever is given here.
 
     Returns:
-        One dict a case: `case` (str), `image` (absolute path or list of them), `label` (absolute path, list, or
-        `{class id: path or list}`; no such key without a label), `label_map` (`{file value: class id}`, several values
-        may be one class; empty unless the label is a label-map file), `modality` (canonical name), `annotated`
-        (ascending class ids, empty without a label) and `patient` (str).
+        One dict a case, by datalist and in it by section in the order asked for: `case` (str), `image` (absolute path
+        or list of them), `label` (absolute path, list, or `{class id: path or list}`; no such key without a label),
+        `label_map` (`{file value: class id or None}`, several values may be one class; empty unless the label is a
+        label-map file), `modality` (canonical name), `annotated` (ascending class ids, empty without a label),
+        `patient` (str), `set` (the datalist's `name`, or that of its folder), `regions` (names in the vocabulary's
+        writing) and, where given, `counts` (`{"slices": int, "voxels": {class id: int}}`).
 
     Raises:
-        InputError: the file or an entry is not as described, a file is missing, a case name is used twice, or a
-            patient is in two sections; the text names the file and the entry.
+        InputError: the file or an entry is not as described, a file is missing, a case name is used twice, a patient
+            is in two sections of a datalist, or an annotated class cannot occur in the case's modality or regions; the
+            text names the file and the entry.
     """
-    content = _load_json(Path(path))
-    sections = {name: entries for name, entries in content.items() if isinstance(entries, list)}
-    source = _Source(
-        path=Path(path),
-        dataset_dir=Path(path).parent if dataset_dir is None else Path(dataset_dir),
-        vocabulary=vocabulary,
-        label_map=_read_label_map(content, vocabulary, Path(path)),
-    )
+    paths = _paths(path)
+    one = isinstance(path, str | os.PathLike)
     wanted = [section] if isinstance(section, str) else list(dict.fromkeys(section))
-    for name in wanted:
-        _require_section(name, sections, source.path)
-    entries = {name: _open_entries(name, rows, source) for name, rows in sections.items()}
-    _require_apart(entries, source.path)
-    return [entry.read() for name in wanted for entry in entries[name]]
+    places: dict[str, Path] = {}
+    cases: list[dict[str, Any]] = []
+    for file in paths:
+        entries = _open(file, vocabulary, Path(dataset_dir) if one and dataset_dir is not None else file.parent, wanted)
+        _require_new([entry.case for members in entries.values() for entry in members], file, places)
+        cases += [entry.read() for name in wanted for entry in entries[name]]
+    return cases
+
+
+def folder_names(path: Place | Sequence[Place]) -> str:
+    """Name a datalist, or several, by the folders they lie in, without the rest of their paths: "ct, endoscopy"."""
+    return ", ".join(file.absolute().parent.name for file in _paths(path))
 
 
 def write_datalist(datalist: Mapping[str, Any], path: str | Path) -> None:
@@ -110,6 +123,39 @@ def trained_classes(cases: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) 
     }
 
 
+def _paths(path: Place | Sequence[Place]) -> list[Path]:
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    if not paths:
+        raise InputError("The list of datalists is empty; name at least one.")
+    return [Path(file) for file in paths]
+
+
+def _open(path: Path, vocabulary: Vocabulary, dataset_dir: Path, wanted: Sequence[str]) -> dict[str, list["_Entry"]]:
+    """Read one datalist: the entries of all its sections, not yet checked one by one."""
+    content = _load_json(path)
+    sections = {name: entries for name, entries in content.items() if isinstance(entries, list)}
+    source = _Source(
+        path=path,
+        dataset_dir=dataset_dir,
+        vocabulary=vocabulary,
+        name=_read_name(content, path),
+        label_map=_read_label_map(content, vocabulary, path),
+    )
+    for name in wanted:
+        _require_section(name, sections, path)
+    entries = {name: _open_entries(name, rows, source) for name, rows in sections.items()}
+    _require_apart(entries, path)
+    return entries
+
+
+def _require_new(cases: Iterable[str], path: Path, places: dict[str, Path]) -> None:
+    """Check that no other datalist has a case of the same name, and remember where each is."""
+    for case in cases:
+        if case in places:
+            raise InputError(f"{path}: case {case!r} is in {places[case]} too; give each case a name of its own.")
+        places[case] = path
+
+
 def _load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
@@ -131,18 +177,26 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _read_label_map(content: Mapping[str, Any], vocabulary: Vocabulary, path: Path) -> dict[int, int]:
+def _read_name(content: Mapping[str, Any], path: Path) -> str:
+    name = content.get("name", path.absolute().parent.name)
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"{path}: 'name' must be a text (not an empty one), but {name!r} came.")
+    return name
+
+
+def _read_label_map(content: Mapping[str, Any], vocabulary: Vocabulary, path: Path) -> dict[int, int | None]:
     rows = content.get("label_map", {})
     if not isinstance(rows, dict):
         raise InputError(f"{path}: 'label_map' must map file values to class names, but a {_kind(rows)} came.")
-    label_map: dict[int, int] = {}
+    label_map: dict[int, int | None] = {}
     for value, name in rows.items():
         if not value.isdecimal() or int(value) == 0 or int(value) in label_map:
             raise InputError(
                 f"{path}: 'label_map' has the file value {value!r}; expected different whole numbers of 1 or more "
                 "(0 is the background)."
             )
-        label_map[int(value)] = _class_id(name, vocabulary, f"{path}: 'label_map' value {value}")
+        place = f"{path}: 'label_map' value {value}"
+        label_map[int(value)] = None if name is None else _class_id(name, vocabulary, place)
     return label_map
 
 
@@ -183,6 +237,10 @@ def _class_id(name: Any, vocabulary: Vocabulary, place: str) -> int:
         raise InputError(f"{place}: {error}") from error
 
 
+def _is_count(value: Any, *, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _kind(value: Any) -> str:
     return type(value).__name__
 
@@ -218,6 +276,11 @@ class _Entry:
         case["modality"] = self._modality()
         case["annotated"] = self._annotated(case)
         case["patient"] = self.patient
+        case["set"] = self.source.name
+        case["regions"] = self._regions(case["annotated"])
+        self._require_possible(case)
+        if "counts" in self.fields:
+            case["counts"] = self._counts(case)
         return case
 
     def _case(self) -> str:
@@ -267,8 +330,11 @@ class _Entry:
         label = self.fields["label"]
         if isinstance(label, dict):
             return self._masks(label, image)
-        if not self.source.label_map:
-            raise self.error("a label-map file needs 'label_map' (file value -> class name) at the top of the datalist")
+        if all(class_id is None for class_id in self.source.label_map.values()):
+            raise self.error(
+                "a label-map file needs 'label_map' (file value -> class name) at the top of the datalist, "
+                "with at least one class"
+            )
         return self._parallel(label, "label", image)
 
     def _masks(self, label: Mapping[str, Any], image: FilePaths) -> dict[int, FilePaths]:
@@ -314,7 +380,51 @@ class _Entry:
     @staticmethod
     def _labelled_ids(case: Mapping[str, Any]) -> list[int]:
         label = case.get("label", {})
-        return sorted(label if isinstance(label, dict) else set(case["label_map"].values()))
+        return sorted(label if isinstance(label, dict) else set(case["label_map"].values()) - {None})
+
+    def _regions(self, annotated: Sequence[int]) -> list[str]:
+        vocabulary = self.source.vocabulary
+        if "regions" not in self.fields:
+            return list(dict.fromkeys(vocabulary.entry(class_id).region for class_id in annotated))
+        names = self.fields["regions"]
+        if not isinstance(names, list) or not names:
+            raise self.error(f"'regions' must be a list of regions, but {names!r} came")
+        try:
+            return list(dict.fromkeys(vocabulary.region(name).name for name in names))
+        except PromptError as error:
+            raise InputError(f"{self.place}: {error}") from error
+
+    def _require_possible(self, case: Mapping[str, Any]) -> None:
+        """Check that modality and regions can show what is annotated; else one of them is wrong."""
+        for class_id in case["annotated"]:
+            entry = self.source.vocabulary.entry(class_id)
+            if case["modality"] not in entry.modalities:
+                raise self.error(
+                    f"the class {entry.name!r} cannot occur in {case['modality']}, only in "
+                    f"{', '.join(entry.modalities)}; correct 'modality', or name in 'classes' what is annotated"
+                )
+            if not self.source.vocabulary.can_occur(class_id, modality=case["modality"], regions=case["regions"]):
+                raise self.error(
+                    f"the class {entry.name!r} belongs to the region {entry.region!r}, which is neither among "
+                    f"'regions' ({', '.join(case['regions'])}) nor next to one of them; add it there"
+                )
+
+    def _counts(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """Read what was counted when the datalist was made; every annotated class must have been."""
+        counts = self.fields["counts"]
+        if not isinstance(counts, dict) or set(counts) != _COUNT_KEYS or not isinstance(counts["voxels"], dict):
+            raise self.error(f"'counts' must be {{'slices': number, 'voxels': {{class: number}}}}, but {counts!r} came")
+        voxels = {self._class_id(name): number for name, number in counts["voxels"].items()}
+        known = self._labelled_ids(case)
+        if not set(case["annotated"]) <= set(voxels) <= set(known) or len(voxels) < len(counts["voxels"]):
+            shown = ", ".join(self.source.vocabulary.entry(class_id).name for class_id in known) or "nothing"
+            raise self.error(
+                f"'counts' must give the voxels of each annotated class once, and of no class that the label does not "
+                f"show ({shown}), but has {', '.join(counts['voxels']) or 'none'}"
+            )
+        if not _is_count(counts["slices"], least=1) or not all(_is_count(number) for number in voxels.values()):
+            raise self.error(f"'counts' must be whole numbers, of slices at least 1, but {counts!r} came")
+        return {"slices": counts["slices"], "voxels": dict(sorted(voxels.items()))}
 
     def _class_id(self, name: Any) -> int:
         return _class_id(name, self.source.vocabulary, self.place)

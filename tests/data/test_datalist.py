@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.data.datalist import read_datalist, trained_classes, write_datalist
+from scripts.data.datalist import folder_names, read_datalist, trained_classes, write_datalist
 from scripts.data.vocabulary import Vocabulary
 from scripts.errors import InputError, OutputError
 
@@ -71,7 +71,16 @@ def test_label_map_file(folder, vocabulary):
         "modality": "CT",
         "annotated": [LIVER, SPLEEN],
         "patient": "a",
+        "set": "made up",
+        "regions": ["abdomen"],
     }
+
+
+def test_values_without_a_class_are_known_and_teach_nothing(folder, vocabulary):
+    content = datalist(entry()) | {"label_map": {"1": "liver", "2": None, "7": "lien", "9": None}}
+    (case,) = read_datalist(save(folder, content), section="training", vocabulary=vocabulary)
+    assert case["label_map"] == {1: LIVER, 2: None, 7: SPLEEN, 9: None}
+    assert case["annotated"] == [LIVER, SPLEEN]
 
 
 def test_several_file_values_may_be_one_class(folder, vocabulary):
@@ -153,6 +162,133 @@ def test_cases_do_not_share_their_label_map(folder, vocabulary):
     first, second = read_datalist(path, section="training", vocabulary=vocabulary)
     first["label_map"].clear()
     assert second["label_map"] == {1: LIVER, 7: SPLEEN}
+
+
+# What else a case says of itself
+
+
+def test_regions_are_those_of_the_annotated_classes_or_as_given(folder, vocabulary):
+    masks = {"left ventricle": "m0.png", "liver": "m1.png"}
+    assert read_one(folder, vocabulary, image="s0.png", label=masks)["regions"] == ["abdomen", "thorax"]
+    given = read_one(folder, vocabulary, regions=["Thorax", "pelvis", "thorax"], classes=["liver"])
+    assert given["regions"] == ["thorax", "pelvis"]  # the liver lies next to the thorax
+    content = datalist(without(entry(), "label"))
+    assert read_datalist(save(folder, content), section="training", vocabulary=vocabulary)[0]["regions"] == []
+
+
+def test_counts_are_by_class_id(folder, vocabulary):
+    counts = {"slices": 12, "voxels": {"lien": 0, "liver": 345}}
+    assert read_one(folder, vocabulary, counts=counts)["counts"] == {"slices": 12, "voxels": {LIVER: 345, SPLEEN: 0}}
+
+
+def test_counts_may_hold_classes_that_count_as_not_annotated(folder, vocabulary):
+    counts = {"slices": 12, "voxels": {"liver": 345, "spleen": 6}}
+    assert read_one(folder, vocabulary, counts=counts, classes=["liver"])["counts"]["voxels"] == {LIVER: 345, SPLEEN: 6}
+
+
+def test_counts_of_a_case_without_a_label(folder, vocabulary):
+    content = datalist(without(entry(counts={"slices": 2, "voxels": {}}), "label"))
+    (case,) = read_datalist(save(folder, content), section="training", vocabulary=vocabulary)
+    assert case["counts"] == {"slices": 2, "voxels": {}}
+
+
+def test_a_set_without_a_name_is_called_after_its_folder(folder, vocabulary, monkeypatch):
+    save(folder, without(datalist(entry()), "name"))
+    monkeypatch.chdir(folder)
+    (case,) = read_datalist("datalist.json", section="training", vocabulary=vocabulary)
+    assert case["set"] == folder.name
+
+
+@pytest.mark.parametrize("name", [3, "", " ", None, ["x"]])
+def test_a_name_that_is_none(folder, vocabulary, name):
+    fails(folder, vocabulary, datalist(entry(), name=name), f"'name' must be a text (not an empty one), but {name!r} ")
+
+
+def test_a_class_of_the_label_map_that_is_not_annotated_may_be_impossible(folder, vocabulary):
+    content = datalist(entry(classes=["liver"])) | {"label_map": {"1": "liver", "2": "polyp"}}
+    (case,) = read_datalist(save(folder, content), section="training", vocabulary=vocabulary)
+    assert case["annotated"] == [LIVER]
+
+
+def test_texts_and_objects_at_the_top_are_no_sections(folder, vocabulary):
+    content = datalist(entry(), source={"layout": "generic", "files": {"n": 1}}, note="by hand")
+    assert len(read_datalist(save(folder, content), section="training", vocabulary=vocabulary)) == 1
+    fails(
+        folder, vocabulary, content, "no section 'source' (a list of cases). Sections there are: 'training'", "source"
+    )
+
+
+# Several datalists as one
+
+
+@pytest.fixture
+def frames(tmp_path_factory):
+    """A datalist of endoscopic frames in a folder of its own."""
+    folder = tmp_path_factory.mktemp("frames")
+    for name in ("f.png", "polyp.png"):
+        (folder / name).touch()
+    content = {
+        "name": "frames",
+        "training": [{"case": "f", "image": "f.png", "label": {"polyp": "polyp.png"}, "modality": "endoscopy"}],
+        "validation": [{"case": "v", "image": "f.png", "label": {"polyp": "polyp.png"}, "modality": "endoscopy"}],
+    }
+    return save(folder, content)
+
+
+def test_several_datalists_are_read_as_one(folder, vocabulary, frames):
+    volumes = save(folder, datalist(entry(), validation=[entry(case="b")]))
+    cases = read_datalist([volumes, str(frames)], section=["validation", "training"], vocabulary=vocabulary)
+    assert [(case["case"], case["set"]) for case in cases] == [
+        ("b", "made up"),
+        ("a", "made up"),
+        ("v", "frames"),
+        ("f", "frames"),
+    ]
+    assert [case["image"] for case in cases][1:3] == [str(folder / "a.nii.gz"), str(frames.parent / "f.png")]
+    assert [case["annotated"] for case in cases][1:3] == [[LIVER, SPLEEN], [POLYP]]
+    assert trained_classes(cases, vocabulary) == {"CT": ["liver", "spleen"], "endoscopy": ["polyp"]}
+
+
+def test_in_a_list_paths_start_from_each_datalist(folder, vocabulary, frames):
+    volumes = save(folder, datalist(entry()))
+    together = read_datalist([volumes, frames], section="training", vocabulary=vocabulary, dataset_dir=folder)
+    assert together[1]["image"] == str(frames.parent / "f.png")
+    (alone,) = read_datalist([frames], section="training", vocabulary=vocabulary, dataset_dir=folder)
+    assert alone["image"] == str(frames.parent / "f.png")
+
+
+def test_a_case_name_is_used_once_over_all_lists(folder, vocabulary, frames):
+    volumes = save(folder, datalist(entry(), test=[entry(case="f")]))
+    with pytest.raises(InputError) as caught:
+        read_datalist([volumes, frames], section="training", vocabulary=vocabulary)
+    assert f"{frames}: case 'f' is in {volumes} too; give each case a name of its own" in str(caught.value)
+    with pytest.raises(InputError, match=r"case 'f' is in .* too"):
+        read_datalist([frames, frames], section="training", vocabulary=vocabulary)
+
+
+def test_a_patient_of_one_set_is_none_of_another(folder, vocabulary, frames):
+    """Owners number their patients from 1, each anew."""
+    volumes = save(folder, datalist(entry(), validation=[entry(case="b", patient="f")]))
+    cases = read_datalist([volumes, frames], section=["training", "validation"], vocabulary=vocabulary)
+    assert [case["case"] for case in cases if case["patient"] == "f"] == ["b", "f"]
+
+
+def test_each_list_needs_the_section(folder, vocabulary, frames):
+    volumes = save(folder, datalist(entry()))
+    with pytest.raises(InputError) as caught:
+        read_datalist([frames, volumes], section="validation", vocabulary=vocabulary)
+    assert f"{volumes} has no section 'validation'" in str(caught.value)
+
+
+def test_an_empty_list_of_datalists(vocabulary):
+    with pytest.raises(InputError, match="The list of datalists is empty; name at least one"):
+        read_datalist([], section="training", vocabulary=vocabulary)
+
+
+def test_datalists_are_named_by_their_folders(folder, frames, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert folder_names("datalist.json") == folder.name
+    assert folder_names(["datalist.json", frames]) == f"{folder.name}, {frames.parent.name}"
 
 
 # Paths
@@ -284,7 +420,7 @@ def test_list_at_the_top(folder, vocabulary):
         ({"liver": 1}, "'label_map' has the file value 'liver'"),
         ({"1": "liver", "01": "spleen"}, "'label_map' has the file value '01'"),
         ({"1": "livr"}, "'label_map' value 1: Class 'livr' is unknown. Did you mean 'liver'?"),
-        ({"1": None}, "'label_map' value 1: A class is asked for by name or id, but None came"),
+        ({"1": ["liver"]}, "'label_map' value 1: A class is asked for by name or id, but ['liver'] came"),
     ],
 )
 def test_broken_label_map(folder, vocabulary, label_map, message):
@@ -329,14 +465,49 @@ def test_broken_label_map(folder, vocabulary, label_map, message):
         ),
         ({"label": {"gall bladder": "m0.png"}}, "Class 'gall bladder' is unknown. Known classes: 1 liver"),
         ({"label": {"liver": "m0.png", "Hepar": "m1.png"}}, "'label' names the class 'Hepar' twice"),
-        ({"modality": "US"}, "Modality 'US' is unknown. Choose one of CT, MR, endoscopy, dermoscopy, xray."),
-        ({"modality": None}, "'modality' must be one of CT, MR, endoscopy, dermoscopy, xray, but None came"),
+        ({"modality": "PT"}, "Modality 'PT' is unknown. Choose one of CT, MR, endoscopy, dermoscopy, xray, fundus"),
+        (
+            {"modality": None},
+            "'modality' must be one of CT, MR, endoscopy, dermoscopy, xray, fundus, ultrasound, micro",
+        ),
         ({"classes": ["livr"]}, "Class 'livr' is unknown. Did you mean 'liver'?"),
         ({"classes": ["liver", "polyp"]}, "'classes' names polyp, but the label shows liver, spleen"),
         ({"classes": ["liver", "polyp"], "label": {"liver": "m0.png"}}, "'classes' names polyp, but the label shows"),
         ({"classes": []}, "'classes' must be a list of class names, but [] came"),
         ({"classes": "liver"}, "'classes' must be a list of class names, but 'liver' came"),
         ({"clases": ["liver"]}, "unknown keys ['clases']; an entry has case, image, label, modality, classes, patient"),
+        (
+            {"label": {"polyp": "m0.png"}},
+            "the class 'polyp' cannot occur in CT, only in endoscopy; correct 'modality', or name in 'classes'",
+        ),
+        (
+            {"regions": ["head"]},
+            "the class 'liver' belongs to the region 'abdomen', which is neither among 'regions' (head) nor next to",
+        ),
+        ({"regions": ["belly"]}, "Region 'belly' is unknown. Choose among head, eye, neck, thorax"),
+        ({"regions": []}, "'regions' must be a list of regions, but [] came"),
+        ({"regions": "abdomen"}, "'regions' must be a list of regions, but 'abdomen' came"),
+        ({"counts": None}, "'counts' must be {{'slices': number, 'voxels': {{class: number}}}}, but None came"),
+        ({"counts": {"slices": 3}}, "'counts' must be {{'slices': number, 'voxels': {{class: number}}}}, but"),
+        ({"counts": {"slices": 3, "voxels": []}}, "'counts' must be {{'slices': number, 'voxels': {{class: number}}}}"),
+        ({"counts": {"slices": 3, "voxels": {"livr": 1}}}, "Class 'livr' is unknown. Did you mean 'liver'?"),
+        (
+            {"counts": {"slices": 3, "voxels": {"liver": 1}}},
+            "'counts' must give the voxels of each annotated class once, and of no class that the label does not show "
+            "(liver, spleen), but has liver",
+        ),
+        (
+            {"counts": {"slices": 3, "voxels": {"liver": 1, "spleen": 2, "polyp": 3}}},
+            "'counts' must give the voxels of each annotated class once",
+        ),
+        (
+            {"counts": {"slices": 3, "voxels": {"liver": 1, "hepar": 1, "spleen": 2}}},
+            "'counts' must give the voxels of each annotated class once",
+        ),
+        ({"counts": {"slices": 0, "voxels": {"liver": 1, "spleen": 2}}}, "'counts' must be whole numbers, of slices"),
+        ({"counts": {"slices": 3, "voxels": {"liver": -1, "spleen": 2}}}, "'counts' must be whole numbers, of slices"),
+        ({"counts": {"slices": 3, "voxels": {"liver": 1.5, "spleen": 2}}}, "'counts' must be whole numbers, of slices"),
+        ({"counts": {"slices": True, "voxels": {"liver": 1, "spleen": 2}}}, "'counts' must be whole numbers, of slice"),
         ({"patient": ""}, "'patient' must be a text (not an empty one) or a whole number, but a str came"),
         ({"patient": True}, "'patient' must be a text (not an empty one) or a whole number, but a bool came"),
         ({"patient": None}, "'patient' must be a text (not an empty one) or a whole number, but a NoneType came"),
@@ -363,8 +534,9 @@ def test_entry_that_is_no_object(folder, vocabulary):
     fails(folder, vocabulary, datalist("a.nii.gz"), "training[0]: an entry is a JSON object, but a str came")
 
 
-def test_label_file_without_a_label_map(folder, vocabulary):
-    content = without(datalist(entry()), "label_map")
+@pytest.mark.parametrize("label_map", [{}, {"label_map": {}}, {"label_map": {"1": None}}])
+def test_label_file_without_a_label_map(folder, vocabulary, label_map):
+    content = without(datalist(entry()), "label_map") | label_map
     fails(folder, vocabulary, content, "a label-map file needs 'label_map' (file value -> class name)")
 
 
