@@ -15,9 +15,10 @@ from monai.transforms import Compose, Invertd, Orientationd
 from PIL import Image
 
 from scripts.data.datalist import read_datalist
-from scripts.data.guard import check_image
-from scripts.data.reading import LoadImageCased, LoadLabeld, find_inputs, read_image
+from scripts.data.guard import Finding, check_image, inspect_image
+from scripts.data.reading import LoadImageCased, LoadLabeld, find_inputs, read_image, read_mask
 from scripts.data.vocabulary import Vocabulary
+from scripts.data.writing import write_label_map
 from scripts.errors import InputError
 
 PATIENT = "DOE^JANE"
@@ -49,12 +50,14 @@ def _save_itk(path, voxels, *, is_vector=False):
     return str(path)
 
 
-def _save_dicom_slice(path, pixels, *, z, series, modality):
+def _save_dicom_slice(path, pixels, *, z, series, modality, origin=None, direction=None):
+    """Save one slice; ``origin`` (LPS, mm) and ``direction`` (columns: along a row, along a column, normal)."""
     image = itk.image_from_array(pixels[None].astype(np.int16))
     image.SetSpacing([0.7, 0.8, 2.5])
-    image.SetOrigin([10.0, 20.0, z])
+    image.SetOrigin([10.0, 20.0, z] if origin is None else [float(value) for value in origin])
+    image.SetDirection(itk.matrix_from_array(np.eye(3) if direction is None else np.asarray(direction, float)))
     tags = {
-        "0008|0018": f"1.2.3.{series}.{round(z * 10)}",
+        "0008|0018": f"1.2.3.{series}.{round(z * 10) + 100000}",
         "0008|0021": "20200101",
         "0008|0060": modality,
         "0010|0010": PATIENT,
@@ -97,7 +100,7 @@ def _strings(value):
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "ppm", "pgm", "PPM"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_in_file_axes(tmp_path, random, suffix, channels):
     pixels = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -110,6 +113,7 @@ def test_pictures_in_file_axes(tmp_path, random, suffix, channels):
     assert np.array_equal(image[..., 0].numpy(), expected)
     assert np.array_equal(image.affine.numpy(), PICTURE_AFFINE)
     assert image.meta["planar"] is image.meta["picture"] is True
+    assert image.meta["oriented"] is False
     assert image.meta["spacing"] == (1.0, 1.0, 1.0)
     assert image.meta["filename_or_obj"] == f"a.{suffix}"
     assert "modality" not in image.meta
@@ -139,7 +143,7 @@ def test_alpha_is_dropped_without_blending(tmp_path, random, suffix, grey):
     assert np.array_equal(image[..., 0].numpy(), expected.transpose(2, 1, 0))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "gif"])
 def test_palette_gives_colours(tmp_path, suffix):
     picture = Image.fromarray(np.array([[0, 1, 2], [2, 1, 0]], dtype=np.uint8), mode="P")
     palette = [10, 20, 30, 250, 0, 0, 0, 128, 255]
@@ -158,7 +162,7 @@ def test_one_bit_becomes_0_and_255(tmp_path, suffix):
     assert image.flatten().tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_keeps_its_values(tmp_path, suffix):
     pixels = np.array([[0, 256, 65535]], dtype=np.uint16)
     assert read_image(_save_picture(tmp_path / f"a.{suffix}", pixels)).flatten().tolist() == [0, 256, 65535]
@@ -177,11 +181,29 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
     assert image[1:].max() < 50
 
 
-def test_multi_page_tiff_is_refused(tmp_path):
-    pages = [Image.fromarray(np.full((4, 4), value, dtype=np.uint8)) for value in (1, 2, 3)]
-    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(InputError, match=r"a\.tif: expected one page, got 3"):
-        read_image(tmp_path / "a.tif")
+@pytest.mark.parametrize("suffix", ["tif", "gif", "png"])
+def test_several_pages_or_frames_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    pages = [Image.fromarray(np.full((4, 4), value, dtype=np.uint8)) for value in (1, 200, 30)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match=rf"a\.{suffix}: expected one page, got 3"):
+        read_image(path)
+    with pytest.raises(InputError, match=rf"a\.{suffix}: expected one page, got 3"):
+        read_mask(path)
+
+
+def test_grey_gif_keeps_its_values(tmp_path, random):
+    pixels = random.integers(0, 256, (5, 7), dtype=np.uint8)
+    image = read_image(_save_picture(tmp_path / "a.gif", pixels))
+    assert np.array_equal(image[:, :, :, 0].numpy(), np.broadcast_to(pixels.T, image.shape[:3]))
+
+
+def test_pictures_of_a_camera_hold_previews_of_the_same_picture(tmp_path):
+    first, second = (Image.fromarray(np.full((8, 8), value, dtype=np.uint8)) for value in (200, 10))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert (picture.format, picture.n_frames) == ("MPO", 2)
+    assert read_image(tmp_path / "a.jpg").unique().tolist() == [200]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +293,50 @@ def test_nifti_scale_and_intercept_are_applied(tmp_path):
     )
 
 
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u2", "<i4", "<u4", "<f4", ">f8", "<i8", "|u1", "|i1"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_nifti_of_every_type_reads_as_nibabel_reads_it(tmp_path, random, dtype, scaled):
+    voxels = random.integers(0, 120, (6, 5, 4, 1)).astype(dtype)
+    image = nibabel.Nifti1Image(voxels, np.eye(4), nibabel.Nifti1Header(endianness=dtype[0].replace("|", "<")))
+    image.set_data_dtype(dtype)
+    if scaled:
+        image.header.set_slope_inter(0.3, -1024)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    read = read_image(tmp_path / "a.nii.gz")
+    assert read.is_contiguous()
+    assert read.dtype == torch.float32
+    assert np.array_equal(read[0].numpy(), nibabel.load(tmp_path / "a.nii.gz").get_fdata()[..., 0].astype(np.float32))
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(0, 0), (1, 0), (0, 1), (2, 4)])
+def test_nifti_tells_whether_it_is_oriented(tmp_path, random, sform, qform):
+    image = nibabel.Nifti1Image(random.normal(size=(4, 5, 6)), None)
+    image.set_sform(np.diag([-0.8, -0.8, 5.0, 1.0]), sform)
+    image.set_qform(np.diag([-0.8, -0.8, 5.0, 1.0]), qform)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    nibabel.save(nibabel.Nifti1Pair(image.dataobj, None, image.header), tmp_path / "b.hdr")
+    for name in ("a.nii.gz", "b.hdr"):
+        read = read_image(tmp_path / name)
+        assert read.meta["oriented"] is (sform > 0 or qform > 0), name
+        checks = [finding.check for finding in inspect_image(read, modality="MR")]
+        assert checks == ["orientation"] * (sform == qform == 0)
+
+
+@pytest.mark.parametrize("suffix", ["nii", "mha", "png"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (5, 1, 1)])  # a line has the same order on disk and in memory
+def test_image_does_not_change_with_its_file(tmp_path, random, suffix, shape):
+    path, voxels = tmp_path / f"a.{suffix}", random.integers(0, 255, shape).astype(np.uint8)
+    if suffix == "png":
+        _save_picture(path, voxels[0])
+    else:
+        (_save_nifti if suffix == "nii" else _save_itk)(path, voxels.astype(np.float32))
+    image = read_image(path)
+    before = image.as_tensor().clone()
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(image.as_tensor(), before)
+    image += 1  # and can be written to
+
+
 def test_nifti_channels_on_the_fifth_axis(tmp_path, random):
     voxels = random.integers(0, 256, (4, 5, 6, 1, 3)).astype(np.uint8)
     image = read_image(_save_nifti(tmp_path / "a.nii.gz", voxels))
@@ -329,14 +395,28 @@ def test_dicom_series_is_one_volume(tmp_path, random, suffix):
 
 
 @pytest.mark.parametrize(
-    ("stored", "modality"), [("MR", "MR"), ("CR", "xray"), ("DX", "xray"), ("ES", "endoscopy"), ("US", None)]
+    ("stored", "modality"),
+    [
+        ("MR", "MR"),
+        ("CR", "xray"),
+        ("DX", "xray"),
+        ("ES", "endoscopy"),
+        ("US", "ultrasound"),
+        ("OP", "fundus"),
+        ("SM", "microscopy"),
+        ("GM", "microscopy"),
+        ("MG", None),
+    ],
 )
 def test_modality_comes_from_the_tag_only_where_nothing_else_is_said(tmp_path, random, stored, modality):
     folder = _save_dicom_series(tmp_path / "scan", random.integers(0, 9, (2, 4, 5)), modality=stored)
     path = str(folder / "a0.dcm")
     assert LoadImageCased()({"image": path}).get("modality") == modality
     assert LoadImageCased()({"image": path, "modality": None})["modality"] == modality
-    assert LoadImageCased()({"image": path, "modality": "CT"})["modality"] == "CT"
+    case = LoadImageCased()({"image": path, "modality": "CT"})
+    assert case["modality"] == "CT"
+    contradicts = [finding.check for finding in inspect_image(case["image"], modality="CT")] == ["modality"]
+    assert contradicts is (modality is not None)
 
 
 def test_dicom_codes_are_those_of_the_vocabulary(tmp_path, bundle_root):
@@ -386,8 +466,8 @@ def test_no_patient_tag_gets_in(tmp_path, random, caplog, capfd):
     seen += [repr(found), repr(found.skipped), caplog.text, output.out, output.err, str(caught.value)]
     for secret in ("DOE", "JANE", "4711", "1.2.3.1"):
         assert not [text for text in seen if secret in text]
-    allowed = {"affine", "original_affine", "spatial_shape", "space", "planar", "picture", "spacing", "modality"}
-    assert all(set(case["image"].meta) <= allowed | {"filename_or_obj"} for case in cases)
+    allowed = {"affine", "original_affine", "spatial_shape", "space", "planar", "picture", "oriented", "spacing"}
+    assert all(set(case["image"].meta) <= allowed | {"modality", "filename_or_obj"} for case in cases)
 
 
 def test_nifti_header_texts_stay_out(tmp_path, random):
@@ -396,6 +476,119 @@ def test_nifti_header_texts_stay_out(tmp_path, random):
     image.header["db_name"] = PATIENT
     nibabel.save(image, tmp_path / "a.nii.gz")
     assert not [text for text in _strings(dict(read_image(tmp_path / "a.nii.gz").meta)) if "DOE" in text]
+
+
+# Along a row, along a column, and from slice to slice, in LPS. ITK saves rows and columns; where the slices lie is said
+# by their positions alone, so the third need not be their vector product.
+DIRECTIONS = {
+    "supine": ([1, 0, 0], [0, 1, 0], [0, 0, 1]),
+    "from head to foot": ([1, 0, 0], [0, 1, 0], [0, 0, -1]),
+    "prone": ([-1, 0, 0], [0, -1, 0], [0, 0, 1]),
+    "coronal": ([1, 0, 0], [0, 0, -1], [0, 1, 0]),
+    "sagittal": ([0, 1, 0], [0, 0, -1], [1, 0, 0]),
+    "oblique": ([0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1]),
+}
+
+
+def _save_placed_series(folder, voxels, along_row, along_column, along_slices):
+    """Save (Z, Y, X) from (-120.5, -80.25, 37.75) mm on, pixels 0.7 wide and 0.8 high, a slice every 3.25 mm."""
+    folder.mkdir()
+    normal = np.cross(along_row, along_column)
+    paths, positions = [], []
+    for index, pixels in enumerate(voxels):
+        positions.append(np.array([-120.5, -80.25, 37.75]) + 3.25 * index * np.array(along_slices))
+        paths.append(str(folder / f"{(7 * index) % 10}.dcm"))  # names in another order than slices
+        _save_dicom_slice(
+            paths[-1],
+            pixels,
+            z=index,
+            series=1,
+            modality="CT",
+            origin=positions[-1],
+            direction=np.stack([along_row, along_column, normal], axis=1),
+        )
+    return paths, positions
+
+
+@pytest.mark.parametrize("directions", DIRECTIONS.values(), ids=DIRECTIONS)
+@pytest.mark.parametrize("listed", ["folder", "in order", "in reverse"])
+def test_series_is_placed_exactly_and_so_is_its_label_map(tmp_path, random, directions, listed):
+    voxels = random.integers(-1000, 1000, (5, 6, 9))
+    paths, positions = _save_placed_series(tmp_path / "scan", voxels, *directions)
+    image = read_image({"folder": tmp_path / "scan", "in order": paths, "in reverse": paths[::-1]}[listed])
+    assert image.shape == (1, 9, 6, 5)
+    # By hand, for slices in their own order: columns are steps of a pixel, a row and a slice; LPS becomes RAS.
+    expected = np.eye(4)
+    expected[:3, :3] = np.stack(
+        [0.7 * np.array(directions[0]), 0.8 * np.array(directions[1]), 3.25 * np.array(directions[2])], 1
+    )
+    expected[:3, 3] = [-120.5, -80.25, 37.75]
+    expected = np.diag([-1, -1, 1, 1]) @ expected
+    backwards = listed == "in reverse" or (listed == "folder" and np.dot(np.cross(*directions[:2]), directions[2]) < 0)
+    if backwards:  # the fifth slice is the first
+        expected[:3, 3] += 4 * expected[:3, 2]
+        expected[:3, 2] *= -1
+    assert np.allclose(image.affine.numpy(), expected, atol=1e-6)
+    assert np.array_equal(image[0].numpy(), voxels.T[:, :, ::-1] if backwards else voxels.T)
+    assert inspect_image(image, modality="CT") == []
+    # Any voxel of any file, without the affine by hand: position of the slice + steps along its row and its column.
+    for index in (0, 2, 4):
+        place = np.array([3, 2, 4 - index if backwards else index, 1])
+        position = positions[index] + 3 * 0.7 * np.array(directions[0]) + 2 * 0.8 * np.array(directions[1])
+        assert np.allclose((image.affine.numpy() @ place)[:3], position * [-1, -1, 1], atol=1e-6)
+        assert image[0][tuple(place[:3])] == voxels[index, 2, 3]
+    labels = (image[0].numpy() > 0).astype(np.uint8)
+    path = write_label_map(labels, folder=tmp_path, stem="scan", affine=image.affine.numpy(), planar=False)
+    written = nibabel.load(path)
+    assert np.array_equal(np.asarray(written.dataobj), labels)
+    assert np.allclose(written.affine, expected, atol=1e-4)
+    assert written.header.get_zooms() == pytest.approx((0.7, 0.8, 3.25), abs=1e-5)
+    case = {"image": image, "label": str(path), "label_map": {1: 1}}
+    assert np.array_equal(LoadLabeld([1])(case)["label"][0].numpy(), labels)
+
+
+def test_tilted_gantry_of_a_series_is_seen(tmp_path, random):
+    """Slices that are shifted against each other: their normal is not where the next slice lies."""
+    tilt = np.deg2rad(15)
+    along_slices = [0, np.sin(tilt), np.cos(tilt)]
+    _save_placed_series(tmp_path / "scan", random.integers(-1000, 1000, (5, 6, 9)), [1, 0, 0], [0, 1, 0], along_slices)
+    image = read_image(tmp_path / "scan")
+    assert np.allclose(image.affine.numpy()[:3, 2], [0, -3.25 * np.sin(tilt), 3.25 * np.cos(tilt)], atol=1e-5)
+    with pytest.raises(InputError, match=r"perpendicular axes.*cosine of 0.259"):
+        check_image(image, case="scan", modality="CT")
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        ([0, 1, 3, 4], r"distances that are off by up to [1-9]"),
+        ([0, 1, 1, 2], r"distances that are off by up to [1-9]"),
+        ([2, 2, 2], "all in one place"),
+    ],
+)
+def test_missing_and_repeated_slices_of_a_series_are_refused(tmp_path, random, places, text):
+    for number, place in enumerate(places):
+        _save_dicom_slice(
+            tmp_path / f"{number}.dcm",
+            random.integers(0, 9, (4, 5)),
+            z=number,
+            origin=[1, 2, 5 * place],
+            series=1,
+            modality="CT",
+        )
+    with pytest.raises(
+        InputError, match=rf"0\.dcm and the files with it: expected slices at even distances, got {text}"
+    ):
+        read_image([tmp_path / f"{number}.dcm" for number in range(len(places))])
+
+
+def test_rounded_positions_of_a_series_pass(tmp_path, random):
+    for number in range(6):
+        place = [1, 2, round(1.25 * number, 1)]
+        _save_dicom_slice(
+            tmp_path / f"{number}.dcm", random.integers(0, 9, (4, 5)), z=number, origin=place, series=1, modality="CT"
+        )
+    assert read_image(tmp_path).meta["spacing"] == pytest.approx((0.7, 0.8, 1.24))
 
 
 # ------------------------------------------------------------------------------------------------------------ stacks
@@ -455,7 +648,10 @@ def test_missing_and_empty_files(tmp_path):
         read_image([tmp_path / "gone.png"])
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "nii", "nii.gz", "mha", "nrrd", "dcm", "hdr", "xyz"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["png", "jpg", "tif", "bmp", "gif", "ppm", "pgm", "nii", "nii.gz", "mha", "nrrd", "dcm", "hdr", "xyz"],
+)
 def test_rubbish_is_refused_by_name(tmp_path, random, suffix):
     path = tmp_path / f"bad.{suffix}"
     path.write_bytes(random.bytes(600))
@@ -464,10 +660,10 @@ def test_rubbish_is_refused_by_name(tmp_path, random, suffix):
     _one_line(caught)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "nii", "nii.gz", "mha", "nrrd"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "ppm", "nii", "nii.gz", "mha", "nrrd"])
 def test_truncated_files_are_refused(tmp_path, random, suffix):
     path = tmp_path / f"cut.{suffix}"
-    if suffix in ("png", "jpg", "tif", "bmp"):
+    if suffix in ("png", "jpg", "tif", "bmp", "gif", "ppm"):
         _save_picture(path, random.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     elif suffix.startswith("nii"):
         _save_nifti(path, random.normal(size=(8, 9, 10)))
@@ -644,6 +840,36 @@ def test_label_values_must_be_whole_numbers(tmp_path, random, value):
         LoadLabeld([1])(_label_case(tmp_path, random.normal(size=(4, 5, 6)), values))
 
 
+def test_values_may_be_known_and_ignored(tmp_path, random):
+    values = random.integers(0, 4, (4, 5, 6)).astype(np.uint8)
+    case = _label_case(tmp_path, random.normal(size=(4, 5, 6)), values, label_map={1: 4, 2: None, "3": None})
+    label = LoadLabeld([1, 4])(case)["label"]
+    assert np.array_equal(label.numpy(), np.stack([0 * values, values == 1]))
+    with pytest.raises(InputError, match=r"the label values \[2\] are not in label_map, which knows \[1, 3\]"):
+        LoadLabeld([1, 4])(case | {"label_map": {1: 4, 3: None}})
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<u2", ">i2", "<i4", "<u4", "<i8", "<f4", ">f8"])
+def test_label_maps_of_every_type(tmp_path, random, dtype):
+    values = random.integers(0, 4, (4, 5, 6)).astype(dtype)
+    image = nibabel.Nifti1Image(values, None, nibabel.Nifti1Header(endianness=">" if dtype[0] == ">" else "<"))
+    image.set_data_dtype(dtype)
+    image.set_sform(np.eye(4), 1)
+    nibabel.save(image, tmp_path / "typed.nii.gz")
+    case = _label_case(tmp_path, random.normal(size=(4, 5, 6)), values.astype(np.uint8), affine=np.eye(4))
+    label = LoadLabeld([1, 4])(case | {"label": str(tmp_path / "typed.nii.gz")})["label"]
+    assert label.dtype == torch.uint8
+    assert np.array_equal(label.numpy(), np.stack([values == 2, np.isin(values, [1, 3])]))
+
+
+def test_values_beyond_a_byte_are_kept(tmp_path, random):
+    values = np.zeros((4, 5, 6), np.uint16)
+    values[0], values[1], values[2] = 256, 1000, 65535  # 0, 232 and 255 in a byte
+    label_map = {256: 1, 1000: 2, 65535: 3}
+    case = _label_case(tmp_path, random.normal(size=(4, 5, 6)), values, label_map=label_map)
+    assert LoadLabeld([1, 2, 3])(case)["label"].sum((2, 3)).tolist() == (30 * np.eye(3, 4, dtype=int)).tolist()
+
+
 def test_label_must_lie_on_the_images_grid(tmp_path, random):
     image, values = random.normal(size=(4, 5, 6)), np.ones((4, 5, 6), np.uint8)
     with pytest.raises(InputError, match=r"image's shape \(4, 5, 6\) \(X, Y, Z\), got \(4, 6, 5\)"):
@@ -686,24 +912,183 @@ def _picture_case(tmp_path, shape=(3, 4)):
     )
 
 
+def _mask_case(tmp_path, pixels, name="mask.png", **options):
+    """A picture with a mask (rows, columns) of class 6."""
+    pixels = np.asarray(pixels)
+    if name.endswith((".nii", ".nii.gz")):
+        path = _save_nifti(tmp_path / name, pixels.T[:, :, None])
+    else:
+        path = _save_picture(tmp_path / name, pixels if pixels.dtype == bool else pixels.astype(np.uint8), **options)
+    return _picture_case(tmp_path, pixels.shape) | {"label": {6: path}, "case": "case_7"}
+
+
 @pytest.mark.parametrize(
     ("stored", "foreground"),
     [
         ([0, 1, 0, 1], [0, 1, 0, 1]),
-        ([0, 127, 128, 255], [0, 0, 1, 1]),
-        ([0, 3, 9, 2], [0, 0, 0, 0]),  # the noise of an empty JPEG mask
+        ([0, 255, 0, 255], [0, 1, 0, 1]),
+        ([0, 2, 2, 0], [0, 1, 1, 0]),  # one value besides 0 is the foreground, whatever it is
+        ([0, 100, 0, 0], [0, 1, 0, 0]),
+        ([1, 1, 1, 1], [1, 1, 1, 1]),
+        ([7, 7, 7, 7], [1, 1, 1, 1]),
         ([0, 0, 0, 0], [0, 0, 0, 0]),
         ([False, True, True, False], [0, 1, 1, 0]),
     ],
 )
-def test_rule_for_binary_masks(tmp_path, stored, foreground):
-    pixels = np.array([stored] * 3)
-    pixels = pixels if pixels.dtype == bool else pixels.astype(np.uint8)
-    case = _picture_case(tmp_path) | {"label": {6: _save_picture(tmp_path / "mask.png", pixels)}}
-    label = LoadLabeld([6, 7])(case)["label"]
+@pytest.mark.parametrize("name", ["mask.png", "mask.bmp", "mask.tif", "mask.gif", "mask.pgm"])
+def test_rule_for_masks_of_two_values(tmp_path, stored, foreground, name):
+    if stored[0] is False and name in ("mask.gif", "mask.pgm"):
+        stored = [255 * value for value in stored]
+    case = LoadLabeld([6, 7])(_mask_case(tmp_path, [stored] * 3, name))
+    label = case["label"]
     assert label.shape == (2, 4, 3, 1)
+    assert label.dtype == torch.uint8
     assert np.array_equal(label[0, :, :, 0].numpy(), np.array([foreground] * 3).T)
     assert label[1].sum() == 0
+    assert case["findings"] == []
+    assert torch.equal(read_mask(tmp_path / name), label[:1].as_tensor())
+
+
+@pytest.mark.parametrize(
+    ("stored", "foreground", "unclear"),
+    [
+        ([0, 127, 128, 255], [0, 0, 1, 1], "50.00%"),
+        ([0, 1, 254, 255], [0, 0, 1, 1], "50.00%"),  # nothing is near enough to be passed over in silence
+        ([0, 1, 0, 255], [0, 0, 0, 1], "25.00%"),
+        ([0, 255, 130, 140], [0, 1, 1, 1], "50.00%"),
+    ],
+)
+def test_greys_of_a_mask_without_losses_are_warned_of(tmp_path, stored, foreground, unclear, caplog):
+    with caplog.at_level(logging.WARNING):
+        result = LoadLabeld([6])(_mask_case(tmp_path, [stored] * 3))
+    assert np.array_equal(result["label"][0, :, :, 0].numpy(), np.array([foreground] * 3).T)
+    (finding,) = result["findings"]
+    assert (finding.severity, finding.check) == ("warn", "lossy-mask")
+    assert f"mask.png: expected a mask of two values, got others in {unclear} of the pixels" in finding.text
+    assert [record.getMessage() for record in caplog.records] == [f"case_7: {finding.text}"]
+
+
+def test_soft_mask_up_to_1(tmp_path):
+    values = np.array([[0, 0.25, 0.5, 1.0]] * 3, np.float32)
+    result = LoadLabeld([6], log=False)(_mask_case(tmp_path, values, "mask.nii.gz"))
+    assert result["label"][0, :, 0, 0].tolist() == [0, 1, 1, 1]
+    assert "in 50.00% of the pixels" in result["findings"][0].text
+
+
+@pytest.mark.parametrize("stored", [[0, 3, 9, 2], [0, 1, 2, 2], [0, 100, 127, 0], [0.0, 0.25, 0.5, 0.5]])
+def test_masks_of_many_values_all_below_the_threshold_are_refused(tmp_path, stored):
+    """Everything would be background, and a label lost without a word."""
+    name = "mask.nii.gz" if isinstance(stored[0], float) else "mask.png"
+    with pytest.raises(InputError, match=r"expected a mask of two values, .* up to (2|9|127|0\.5); .*label_map"):
+        LoadLabeld([6])(_mask_case(tmp_path, [stored] * 3, name))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_masks_below_0_or_not_finite_are_refused(tmp_path, value):
+    with pytest.raises(InputError, match="expected a mask of 0 and more"):
+        LoadLabeld([6])(_mask_case(tmp_path, np.array([[0, value, 0, 1]] * 3, np.float32), "mask.nii.gz"))
+
+
+def _disc(size=64, *, low=0, high=255):
+    rows, columns = np.indices((size, size))
+    return np.where(np.hypot(rows - size / 2, columns - size / 2) < size / 3, high, low).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["mask.jpg", "mask.jpeg", "jpeg_inside.png", "jpeg_inside.tif"])
+def test_jpeg_masks_are_cut_at_the_threshold_and_their_greys_counted(tmp_path, name):
+    options = {"jpg": {"quality": 60}, "jpeg": {"quality": 60}, "png": {"format": "JPEG", "quality": 60}}
+    options = options.get(name.split(".")[1], {"compression": "jpeg", "quality": 60})
+    case = _mask_case(tmp_path, _disc(), name, **options)
+    with Image.open(tmp_path / name) as picture:
+        stored = np.asarray(picture)
+    result = LoadLabeld([6], log=False)(case)
+    assert np.array_equal(result["label"][0, :, :, 0].numpy(), (stored >= 128).T)
+    unclear = ((stored > 16) & (stored < 239)).mean()
+    assert 0 < unclear < 0.2
+    assert f"{name}: expected a mask of two values, got others in {unclear:.2%} of" in result["findings"][0].text
+    with pytest.raises(InputError, match=r"case_7: .*got others in .* \(a warning, refused because of strict\)"):
+        LoadLabeld([6], strict=True)(case)
+
+
+def test_jpeg_mask_of_even_blocks_has_nothing_to_warn_of(tmp_path):
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:8, :8] = 255  # one block of the compression, which is kept exactly
+    for values in (pixels, pixels * 0):
+        result = LoadLabeld([6])(_mask_case(tmp_path, values, "mask.jpg"))
+        assert np.array_equal(result["label"][0, :, :, 0].numpy(), values.T > 0)
+        assert result["findings"] == []
+
+
+def test_dark_jpeg_masks(tmp_path):
+    """What is 1 in a mask saved as JPEG cannot be told from noise, and 100 is no noise: neither is lost silently."""
+    noise = LoadLabeld([6], log=False)(_mask_case(tmp_path, _disc(high=1), "mask.jpg", quality=100))
+    assert noise["label"].sum() == 0
+    assert [finding.check for finding in noise["findings"]] == ["lossy-mask"]
+    with pytest.raises(InputError, match=r"mask\.jpg: expected a mask of two values, or of greys up to 255, got greys"):
+        LoadLabeld([6])(_mask_case(tmp_path, _disc(high=100), "mask.jpg", quality=95))
+
+
+def test_palette_of_a_mask_says_what_is_white(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 1, 1]] * 3, np.uint8), mode="P")
+    picture.putpalette([255, 255, 255, 0, 0, 0])
+    picture.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png")[0, :, 0, 0].tolist() == [1, 0, 0, 0]
+    picture.putpalette([0, 0, 0, 128, 0, 0])  # a colour for the class: the index counts
+    picture.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png")[0, :, 0, 0].tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["label.jpg", "jpeg_inside.png"])
+def test_label_maps_in_jpeg_are_refused(tmp_path, name):
+    _save_picture(tmp_path / name, np.zeros((3, 4), np.uint8), format="JPEG")
+    case = _picture_case(tmp_path) | {"label": str(tmp_path / name), "label_map": {255: 6}}
+    with pytest.raises(InputError, match=rf"{name}: expected a label map in a format without losses, got JPEG"):
+        LoadLabeld([6])(case)
+    _save_picture(tmp_path / "slice.png", np.zeros((3, 4), np.uint8))
+    case["label"] = [str(tmp_path / "slice.png"), str(tmp_path / name)]
+    case["image"] = read_image([tmp_path / "image.png"] * 2)
+    with pytest.raises(InputError, match=rf"{name}: expected a label map in a format without losses, got JPEG"):
+        LoadLabeld([6])(case)
+
+
+def test_counts_prove_that_nothing_was_lost(tmp_path, random):
+    values = random.integers(0, 4, (4, 5, 6)).astype(np.uint8)
+    case = _label_case(tmp_path, random.normal(size=(4, 5, 6)), values) | {"case": "case_7"}
+    counted = {1: int((values == 2).sum()), 4: int(np.isin(values, [1, 3]).sum())}
+    case["counts"] = {"slices": 6, "voxels": counted}
+    expected = LoadLabeld([1, 4])(case | {"counts": None})["label"]
+    assert torch.equal(LoadLabeld([1, 4])(case)["label"].as_tensor(), expected.as_tensor())
+    LoadLabeld([1])(case | {"counts": {"slices": 6, "voxels": {"1": counted[1], 9: 5}}})
+    for counts, text in (
+        ({"slices": 7, "voxels": counted}, "expected 7 slices, got 6"),
+        ({"slices": 6, "voxels": counted | {4: 1000}}, f"expected 1000 voxels of class 4, got {counted[4]}"),
+        ({"slices": 6, "voxels": {1: 0}}, f"expected 0 voxels of class 1, got {counted[1]}"),
+    ):
+        with pytest.raises(InputError, match=rf"^case_7: {text}: the label has changed since it was prepared, or part"):
+            LoadLabeld([1, 4])(case | {"counts": counts})
+
+
+def test_lost_slice_is_noticed_even_where_image_and_label_fit_each_other(tmp_path):
+    pixels = [np.full((5, 4), value, np.uint8) for value in range(3)]
+    paths = [_save_picture(tmp_path / f"{index}.png", picture) for index, picture in enumerate(pixels)]
+    case = {"label_map": {1: 1, 2: 2}, "case": "case_7", "counts": {"slices": 3, "voxels": {1: 20, 2: 20}}}
+
+    def load(case):
+        return LoadLabeld([1, 2])(LoadImageCased()(case))
+
+    assert load(case | {"image": paths, "label": paths})["label"].sum() == 40
+    with pytest.raises(InputError, match="case_7: expected 3 slices, got 2"):
+        load(case | {"image": paths[1:], "label": paths[1:]})
+    with pytest.raises(InputError, match="case_7: expected 20 voxels of class 1, got 0"):
+        load(case | {"image": paths, "label": [paths[0], paths[0], paths[2]]})
+
+
+def test_findings_of_several_steps_are_kept(tmp_path):
+    earlier = Finding("warn", "colour", "grey")
+    case = _mask_case(tmp_path, [[0, 127, 128, 255]] * 3) | {"findings": [earlier]}
+    result = LoadLabeld([6], log=False)(case)
+    assert [finding.check for finding in result["findings"]] == ["colour", "lossy-mask"]
+    assert case["findings"] == [earlier]
 
 
 def test_masks_of_overlapping_classes_and_of_classes_not_asked_for(tmp_path):
