@@ -87,7 +87,7 @@ def test_neither_class_nor_modality_is_too_little(ask):
     [
         ("livr", "CT", "Did you mean 'liver'"),
         ("lung", "CT", "not trained for 'lung' in CT"),
-        ("liver", "ultrasound", "Modality 'ultrasound' is unknown"),
+        ("liver", "sonar", "Modality 'sonar' is unknown"),
         (None, "endoscopy", "not trained on endoscopy"),
     ],
 )
