@@ -1,7 +1,7 @@
 """From logits to what a person opens: label map, names, colours, probability maps, an overlay picture."""
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_numpy, convert_to_tensor
 
+from scripts.data.components import remove_small_components, smallest_sizes
 from scripts.data.vocabulary import ClassEntry, Vocabulary
 from scripts.data.writing import (
     prepare_output_folder,
@@ -43,27 +44,47 @@ class LogitsToLabelMapd(MapTransform):
         keys: of the logits; the map (1, H, W, D) of class ids takes their place.
         classes_key: of the class ids of the channels.
         probability_key: where the probabilities (K, H, W, D) go.
+        smallest: voxels in the volume and pixels in the slice of the smallest object of a class that stays in the map,
+            see `remove_small_components`; [0, 0] leaves all. The probabilities stay as they are.
+
+    Raises:
+        ConfigError: `smallest` is not two whole numbers of 0 or more.
     """
 
     def __init__(
-        self, keys: KeysCollection = "pred", *, classes_key: str = "class_ids", probability_key: str = "probability"
+        self,
+        keys: KeysCollection = "pred",
+        *,
+        classes_key: str = "class_ids",
+        probability_key: str = "probability",
+        smallest: Sequence[int] = (0, 0),
     ) -> None:
         super().__init__(keys)
         self.classes_key = classes_key
         self.probability_key = probability_key
+        self.voxels, self.pixels = smallest_sizes(smallest)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give a copy of `data` with label map and probabilities."""
         result = dict(data)
         for key in self.key_iterator(result):
             probability = torch.sigmoid(convert_to_tensor(result[key], track_meta=False).float())
-            highest, winner = probability.max(dim=0, keepdim=True)  # (1, H, W, D)
+            # Small objects go before the classes compete, so that what lies under them comes to light.
+            highest, winner = self._without_small(probability).max(dim=0, keepdim=True)  # (1, H, W, D)
             ids = torch.tensor(result[self.classes_key], dtype=torch.uint8, device=winner.device)
             labels = torch.where(highest > THRESHOLD, ids[winner], torch.zeros_like(ids[0]))
             # With room for metadata, because MONAI's Invertd passes plain tensors by.
             result[key] = convert_to_tensor(labels, track_meta=True)
             result[self.probability_key] = convert_to_tensor(probability, track_meta=True)
         return result
+
+    def _without_small(self, probability: torch.Tensor) -> torch.Tensor:
+        """Give probabilities (K, H, W, D) that are 0 in small objects."""
+        if max(self.voxels, self.pixels) <= 1:
+            return probability
+        masks = convert_to_numpy(probability > THRESHOLD)
+        small = masks & ~remove_small_components(masks, voxels=self.voxels, pixels=self.pixels)
+        return probability.masked_fill(torch.from_numpy(small).to(probability.device), 0)
 
 
 class DrawOverlayd(Transform):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from scripts.data.vocabulary import Vocabulary
 from scripts.engines.postprocessing import DrawOverlayd, LogitsToLabelMapd, LogitsToMasksd, SaveImageSegmentationd
-from scripts.errors import OutputError
+from scripts.errors import ConfigError, OutputError
 
 SURE = 4.0  # a logit
 IDS = [1, 3, 5]
@@ -75,6 +75,45 @@ def test_half_precision_logits_give_full_precision_probabilities():
     result = LogitsToLabelMapd()({"pred": torch.full((1, 1, 1, 1), 0.01).half(), "class_ids": [2]})
     assert result["probability"].dtype == torch.float32
     assert result["pred"].item() == 2
+
+
+def two_islands():
+    """Logits (2, 6, 8, 1): class 4 on 3 and on 12 pixels, and under the small island class 10, less probable."""
+    logits = torch.full((2, 6, 8, 1), -SURE)
+    logits[0, 0, :3] = SURE
+    logits[0, 2:6, 5:8] = SURE
+    logits[1, :2, :4] = SURE / 2
+    return logits
+
+
+@pytest.mark.parametrize("smallest", [(0, 0), (1000, 0), (0, 3)])
+def test_islands_stay_that_are_large_enough(smallest):
+    data = {"pred": two_islands(), "class_ids": [4, 10]}
+    labels = LogitsToLabelMapd(smallest=smallest)(data)["pred"][0, ..., 0]
+    assert torch.equal(labels, LogitsToLabelMapd()(data)["pred"][0, ..., 0])
+    assert (labels[0, :4].tolist(), labels.count_nonzero()) == ([4, 4, 4, 10], 3 + 12 + 5)
+
+
+def test_what_lies_under_a_small_island_comes_to_light():
+    result = LogitsToLabelMapd(smallest=(0, 4))({"pred": two_islands(), "class_ids": [4, 10]})
+    labels = result["pred"][0, ..., 0]
+    assert labels[:2, :4].unique().tolist() == [10]
+    assert labels[2:6, 5:8].unique().tolist() == [4]
+    assert labels.count_nonzero() == 8 + 12
+    assert torch.equal(result["probability"].as_tensor(), torch.sigmoid(two_islands()))
+
+
+def test_islands_are_counted_in_space_too():
+    logits = torch.full((1, 4, 4, 3), -SURE)
+    logits[0, 0, 0] = SURE  # a column of 3 voxels
+    logits[0, 3, 3, 0] = SURE  # a voxel
+    labels = LogitsToLabelMapd(smallest=(2, 0))({"pred": logits, "class_ids": [7]})["pred"]
+    assert (labels[0, 0, 0].tolist(), labels.count_nonzero()) == ([7, 7, 7], 3)
+
+
+def test_a_smallest_island_that_is_no_pair_of_sizes():
+    with pytest.raises(ConfigError, match="two whole numbers of 0 or more"):
+        LogitsToLabelMapd(smallest=(1000,))
 
 
 def blobs(shape, *, seed=0):
