@@ -4,8 +4,9 @@ A sample depends on (seed, epoch, index) alone. So a resumed run sees what an un
 any number of workers and of processes.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from monai.transforms import Compose, MapTransform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
-from scripts.data.fitting import fit_masks_to_square, network_slices
-from scripts.errors import ConfigError, InputError
+from scripts.data.fitting import fit_masks_to_square, fitted_shape, network_slices
+from scripts.data.vocabulary import Vocabulary
+from scripts.errors import ConfigError, InputError, PromptError
 from scripts.losses.shape_distance import DistanceMap, distance_map
 
+logger = logging.getLogger(__name__)
 LARGEST_SEED = 2**31 - 1
+Orientation = Literal["none", "mirror", "all"]
 
 
 class SlicesToSquared(MapTransform):
@@ -38,14 +42,26 @@ class SlicesToSquared(MapTransform):
         """Replace `image` (C, H, W, D) in 0...255 and `label` (K, H, W, D) in {0, 1} by their slices.
 
         Returns:
-            The case with `image` `(D, C, S, S)` and `label` `(D, K, S, S)`, both plain uint8 tensors.
+            The case with `image` `(D, C, S, S)` and `label` `(D, K, S, S)`, both plain uint8 tensors; `content`, the
+            rows and columns that they fill at the top left; and `drawn` `(D, K)` bool, the classes that each slice of
+            the label has at its own size: of a small one nothing may be left at the network's.
+
+        Raises:
+            InputError: image and label differ in their pixels or slices.
         """
         case = dict(data)
-        channels = case["image"].shape[0]
+        if case["image"].shape[1:] != case["label"].shape[1:]:
+            raise InputError(
+                f"case {case.get('case', '')}: expected a label of {tuple(case['image'].shape[1:])} pixels as the "
+                f"image has, got {tuple(case['label'].shape[1:])}; a slice must not be lost on the way"
+            )
+        channels, height, width, _ = case["image"].shape
         slices = network_slices(case["image"], self.size)[:, :channels]  # the copies of a grey channel are made later
         case["image"] = (slices * 255).round().to(torch.uint8)
         masks = convert_to_tensor(case["label"], track_meta=False).permute(3, 0, 1, 2)  # (K, H, W, D) -> (D, K, H, W)
         case["label"] = fit_masks_to_square(masks.to(torch.uint8), self.size)
+        case["drawn"] = masks.bool().flatten(2).any(dim=2)
+        case["content"] = fitted_shape(height, width, self.size)
         return case
 
 
@@ -71,7 +87,65 @@ def choose_prompts(
             pools = [_shuffled(askable & ~present, rng), _shuffled(askable & present, rng)]
         wants_present = int(rng.random() >= absent_share)
         drawn.append((pools[wants_present] or pools[1 - wants_present]).pop())
-    return np.array(drawn)
+    return np.array(drawn, dtype=int)
+
+
+def choose_impossible(impossible: np.ndarray, *, count: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw classes that cannot be in an image at all, none twice while others are left.
+
+    Args:
+        impossible: `(K,)` bool, the classes that cannot be there.
+        count: how many questions are asked about the image.
+        share: chance of each of them to be about such a class, where there is one.
+        rng: source of the draws; not used where there is none.
+
+    Returns:
+        Positions in 0...K-1, as many as the chance would have it: 0 to `count`.
+    """
+    drawn: list[int] = []
+    pool: list[int] = []
+    asked = int(rng.binomial(count, share)) if share > 0 and impossible.any() else 0
+    while len(drawn) < asked:
+        pool = pool or _shuffled(impossible, rng)
+        drawn.append(pool.pop())
+    return np.array(drawn, dtype=int)
+
+
+def draw_orientation(kind: Orientation, rng: np.random.Generator) -> tuple[bool, int]:
+    """Draw how to lay a picture: whether mirrored left to right, and then by how many quarter turns.
+
+    Args:
+        kind: "none" draws nothing, "mirror" one of two, "all" one of eight.
+        rng: source of the draw.
+    """
+    if kind == "none":
+        return False, 0
+    if kind == "mirror":
+        return bool(rng.integers(2)), 0
+    mirrored, turns = divmod(int(rng.integers(8)), 4)
+    return bool(mirrored), turns
+
+
+def reoriented(layers: torch.Tensor, *, content: tuple[int, int], mirrored: bool, turns: int) -> torch.Tensor:
+    """Mirror and turn what a square holds, so that its padding stays at the bottom and on the right.
+
+    Args:
+        layers: `(..., S, S)` with the content at the top left.
+        content: rows and columns of the content.
+        mirrored: left to right, before turning.
+        turns: quarter turns, anticlockwise.
+
+    Returns:
+        `(..., S, S)`; after an odd number of turns rows and columns of the content have changed places.
+    """
+    rows, columns = content
+    inner = layers[..., :rows, :columns]
+    if mirrored:
+        inner = inner.flip(-1)
+    inner = torch.rot90(inner, turns, dims=(-2, -1))
+    result = torch.zeros_like(layers)
+    result[..., : inner.shape[-2], : inner.shape[-1]] = inner
+    return result
 
 
 def _shuffled(chosen: np.ndarray, rng: np.random.Generator) -> list[int]:
@@ -116,13 +190,25 @@ class PromptedSlices(Dataset):
         absent_share: share of the questions that ask for a class which is not there.
         box_growth: largest random growth of a box's side in pixels.
         augmentation: random transforms of `image` (3, S, S) and `label` (K, S, S); None for none.
+        vocabulary: tells which classes cannot occur in a case, from its `modality` and `regions`, and which class is
+            another one's partner; needed for `impossible_share` and `orientations`.
+        impossible_share: share of the questions about a case that ask for a class which cannot occur in it, where
+            `class_ids` has one; all others are about annotated classes.
+        orientations: modality -> "none", "mirror" (left to right) or "all" (the eight rotations and mirrorings); none
+            where it says nothing. In a mirrored image lateral partners exchange their names.
+        augment: False switches `augmentation` and `orientations` off, as for embeddings that were computed before.
         distance_form: the distance map of the Shape Distance loss.
         seed: of everything random in here.
         progress: whether to show a bar while the cases are read.
 
+    Attributes:
+        present: `(N, K)` bool, the annotated classes that each slice shows at the network's size.
+        sets: the data set of each slice, N names.
+
     Raises:
-        InputError: no case, or a case that annotates none of the classes.
-        ConfigError: a share that is none, or fewer than one class.
+        InputError: no case, a case that annotates none of the classes, or one whose slices were lost on the way.
+        ConfigError: a share that is none, fewer than one class, an unknown orientation, or one that would turn a class
+            into a partner which is not among the classes.
     """
 
     def __init__(
@@ -135,26 +221,40 @@ class PromptedSlices(Dataset):
         absent_share: float = 0.25,
         box_growth: int = 5,
         augmentation: Compose | None = None,
+        vocabulary: Vocabulary | None = None,
+        impossible_share: float = 0.0,
+        orientations: Mapping[str, Orientation] | None = None,
+        augment: bool = True,
         distance_form: DistanceMap = "soft",
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        if not 0 <= absent_share <= 1 or classes_per_image < 1:
-            raise ConfigError(
-                "absent_share lies in 0...1 and classes_per_image is at least 1, "
-                f"not {absent_share} and {classes_per_image}"
-            )
+        _require_shares(absent_share, impossible_share, classes_per_image)
+        if vocabulary is None and (impossible_share or orientations):
+            raise ConfigError("impossible_share and orientations need the vocabulary; give PromptedSlices vocabulary")
         self.class_ids = np.array(sorted(class_ids))
         self._require_questions(data)
+        self.askable = self._table(data, lambda case: np.isin(self.class_ids, case["annotated"]))
+        self.impossible = np.zeros_like(self.askable)
+        self.partners = np.arange(len(self.class_ids))
+        self.orientations: list[Orientation] = ["none"] * len(data)
+        if vocabulary is not None:
+            self.impossible = self._table(data, lambda case: _cannot_occur(self.class_ids, case, vocabulary))
+            self.impossible &= ~self.askable
+            self.partners = _partner_positions(self.class_ids, vocabulary)
+            kinds = _read_orientations(orientations or {} if augment else {}, self.class_ids, vocabulary)
+            self.orientations = [kinds.get(case["modality"], "none") for case in data]
         self.cases = CacheDataset(data, transform, progress=progress, num_workers=None)
         self.classes_per_image = classes_per_image
         self.absent_share = absent_share
+        self.impossible_share = impossible_share
         self.box_growth = box_growth
-        self.augmentation = augmentation
+        self.augmentation = augmentation if augment else None
         self.distance_form = distance_form
         self.seed = seed
         self.epoch = 0
         self.places, self.present = self._index()
+        self.sets = [str(data[number].get("set", "")) for number, _ in self.places]
 
     def __len__(self) -> int:
         """Count the slices."""
@@ -175,11 +275,19 @@ class PromptedSlices(Dataset):
         rng = np.random.default_rng([self.seed, self.epoch, index])
         number, place = self.places[index]
         case = self.cases[number]
-        askable = np.isin(self.class_ids, case["annotated"])
-        chosen = choose_prompts(
-            self.present[index], askable, count=self.classes_per_image, absent_share=self.absent_share, rng=rng
-        )
-        image, masks = self._augmented(case["image"][place].float() / 255, case["label"][place][chosen], rng)
+        mirrored, turns = draw_orientation(self.orientations[number], rng)
+        # Which channel of the label each class has: in a mirrored image that of its partner.
+        channels = self.partners if mirrored else np.arange(len(self.class_ids))
+        chosen = self._choose(index, channels, rng)
+        image, masks = case["image"][place].float() / 255, case["label"][place][channels[chosen]]
+        # Of a class that cannot be there, a label may still say something; it was not annotated.
+        masks = masks * torch.as_tensor(self.askable[number][channels[chosen]]).reshape(-1, 1, 1)
+        if mirrored or turns:
+            content = case.get("content", image.shape[-2:])
+            image, masks = (
+                reoriented(layers, content=content, mirrored=mirrored, turns=turns) for layers in (image, masks)
+            )
+        image, masks = self._augmented(image, masks, rng)
         layers = masks.numpy()
         boxes = np.stack([grown_box(layer, growth=self.box_growth, rng=rng) for layer in layers])
         distances = np.stack([distance_map(layer, form=self.distance_form) for layer in layers])
@@ -203,15 +311,44 @@ class PromptedSlices(Dataset):
                     "classes of the datalist"
                 )
 
+    def _table(self, data: Sequence[Mapping[str, Any]], row: Callable[[Mapping[str, Any]], np.ndarray]) -> np.ndarray:
+        """Ask something of each case for each class: (cases, K) bool."""
+        rows = [row(case) for case in data]
+        return np.array(rows, dtype=bool).reshape(len(data), len(self.class_ids))
+
+    def _choose(self, index: int, channels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw the classes to ask for in a slice, as positions (classes_per_image,)."""
+        number, _ = self.places[index]
+        count = self.classes_per_image
+        impossible = self.impossible[number][channels]
+        foreign = choose_impossible(impossible, count=count, share=self.impossible_share, rng=rng)
+        own = choose_prompts(
+            self.present[index][channels],
+            self.askable[number][channels],
+            count=count - len(foreign),
+            absent_share=self.absent_share,
+            rng=rng,
+        )
+        return np.concatenate([own, foreign])
+
     def _index(self) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """List all slices as (case, slice), and which classes each has."""
+        """List all slices as (case, slice), and which annotated classes each has; count what was lost on the way."""
         places, present = [], []
-        for number in range(len(self.cases)):
-            found = self.cases[number]["label"].bool().flatten(2).any(dim=2).numpy()  # (D, K, S, S) -> (D, K)
+        drawn, vanished = 0, 0
+        for number, askable in enumerate(self.askable):
+            case = self.cases[number]
+            found = case["label"].bool().flatten(2).any(dim=2).numpy() & askable  # (D, K, S, S) -> (D, K)
+            before = np.asarray(case.get("drawn", found)) & askable
+            _require_all_slices(case, len(before))
             places += [(number, place) for place in range(len(found))]
             present.append(found)
+            drawn += int(before.sum())
+            vanished += int((before & ~found).sum())
         if not places:
             raise InputError("the training section has no slice to learn from")
+        if vanished:
+            size = self.cases[0]["label"].shape[-1]
+            logger.info("%d of %d (slice, class) pairs are too small to be seen at %d pixels", vanished, drawn, size)
         return places, np.concatenate(present)
 
     def _augmented(
@@ -224,3 +361,67 @@ class PromptedSlices(Dataset):
         sample = self.augmentation({"image": image, "label": masks})
         image, masks = (convert_to_tensor(sample[name], track_meta=False) for name in ("image", "label"))
         return image.clamp(0, 1), masks.to(torch.uint8)
+
+
+def _require_all_slices(case: Mapping[str, Any], drawn: int) -> None:
+    """Refuse a case that has other slices than its files had, as far as anybody counted them."""
+    counted = case.get("counts", {}).get("slices", drawn)
+    found = {"image": len(case["image"]), "label": len(case["label"]), "label as drawn": drawn}
+    if set(found.values()) != {counted}:
+        listed = ", ".join(f"{name} {number}" for name, number in found.items())
+        raise InputError(
+            f"case {case['case']}: expected {counted} slices, got {listed}; the files have changed since they were "
+            "prepared, or a transform has lost some"
+        )
+
+
+def _require_shares(absent_share: float, impossible_share: float, classes_per_image: int) -> None:
+    if not 0 <= absent_share <= 1 or classes_per_image < 1:
+        raise ConfigError(
+            "absent_share lies in 0...1 and classes_per_image is at least 1, "
+            f"not {absent_share} and {classes_per_image}"
+        )
+    if not 0 <= impossible_share <= 1:
+        raise ConfigError(f"impossible_share lies in 0...1, not {impossible_share}")
+
+
+def _cannot_occur(class_ids: np.ndarray, case: Mapping[str, Any], vocabulary: Vocabulary) -> np.ndarray:
+    """Tell which classes an image of the case's modality and regions cannot show, (K,) bool."""
+    where = {"modality": case["modality"], "regions": case.get("regions")}
+    return np.array([not vocabulary.can_occur(class_id, **where) for class_id in class_ids.tolist()])
+
+
+def _read_orientations(
+    orientations: Mapping[str, Orientation], class_ids: np.ndarray, vocabulary: Vocabulary
+) -> dict[str, Orientation]:
+    """Check how images may be laid, by the canonical name of their modality."""
+    kinds: dict[str, Orientation] = {}
+    for name, kind in orientations.items():
+        if kind not in get_args(Orientation):
+            raise ConfigError(f"the orientation of {name} is one of {', '.join(get_args(Orientation))}, not {kind!r}")
+        try:
+            modality = vocabulary.modality(name).name
+        except PromptError as error:
+            raise ConfigError(f"orientations: {error}") from error
+        if kind != "none":
+            _require_partners(modality, class_ids, vocabulary)
+        kinds[modality] = kind
+    return kinds
+
+
+def _require_partners(modality: str, class_ids: np.ndarray, vocabulary: Vocabulary) -> None:
+    """Refuse to mirror what has a partner without a channel."""
+    for entry in map(vocabulary.entry, class_ids.tolist()):
+        if modality in entry.modalities and entry.partner is not None and entry.partner not in class_ids:
+            raise ConfigError(
+                f"a mirrored {modality} image shows {vocabulary.entry(entry.partner).name!r} where {entry.name!r} was, "
+                f"but class_ids is {class_ids.tolist()}: add {entry.partner} to class_ids, or set the orientation of "
+                f"{modality} to none"
+            )
+
+
+def _partner_positions(class_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Give the position of each class's lateral partner, (K,); its own where there is none among the classes."""
+    ids = class_ids.tolist()
+    partners = [vocabulary.entry(class_id).partner for class_id in ids]
+    return np.array([ids.index(partner) if partner in ids else k for k, partner in enumerate(partners)], dtype=int)

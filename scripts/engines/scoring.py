@@ -72,19 +72,31 @@ class CaseScores(Metric):
     def compute(self) -> float:
         """Give the mean DSC over the classes, of all processes' cases together."""
         self.scores = _merged(gathered(self.scores))
-        return self.summary().dsc
+        classes = [entry.dsc for summary in self.summaries() for entry in summary.classes if entry.cases]
+        return float(np.mean(classes)) if classes else float("nan")
 
     def completed(self, engine: Engine, name: str) -> None:
         """Put the mean DSC under its own name, and the other scores beside it."""
         super().completed(engine, name)
-        summary = self.summary()
+        summaries = self.summaries()
         stem = name.removesuffix("mean_dsc")
-        engine.state.metrics[f"{stem}mean_nsd"] = summary.nsd
-        for entry in summary.classes:
-            engine.state.metrics[f"{stem}{entry.class_name.replace(' ', '_')}_dsc"] = entry.dsc
+        for summary in summaries:
+            # With volumes and pictures in one data set, NSD in mm and in pixels stay apart.
+            place = stem if len(summaries) == 1 else f"{stem}{summary.unit}_"
+            engine.state.metrics[f"{place}mean_nsd"] = summary.nsd
+            for entry in summary.classes:
+                engine.state.metrics[f"{place}{entry.class_name.replace(' ', '_')}_dsc"] = entry.dsc
+
+    def summaries(self) -> list[Summary]:
+        """Average over the cases seen, volumes and planar cases apart."""
+        units = sorted({score.unit for score in self.scores}) or ["mm"]
+        return [
+            summarise([score for score in self.scores if score.unit == unit], protocol=self.protocol, unit=unit)
+            for unit in units
+        ]
 
     def summary(self) -> Summary:
-        """Average over the cases seen."""
+        """Average over the cases seen, which must be all volumes or all planar."""
         return summarise(self.scores, protocol=self.protocol, unit=self.scores[0].unit if self.scores else "mm")
 
     def _score(self, case: Mapping[str, Any]) -> list[ClassScore]:
@@ -123,9 +135,9 @@ class ReportScores:
         """Write the files, and the table into the log."""
         if idist.get_rank() != 0:
             return
-        summary = self.scores.summary()
         prepare_output_folder(self.output_dir)
         write_scores_csv(self.scores.scores, self.output_dir / "metrics.csv")
+        summary = self.scores.summary()
         write_summary_json(summary, self.output_dir / "metrics.json")
         logger.info("\n%s", render_table(summary))
 

@@ -1,5 +1,6 @@
 """The samples of training: what is cut out of a case, what is asked of it, and that nothing but the seed decides."""
 
+import logging
 import re
 
 import numpy as np
@@ -9,7 +10,16 @@ from monai.data import DataLoader, MetaTensor
 from monai.transforms import Compose, Lambda, Lambdad, RandAffined, RandGaussianNoised, RandScaleIntensityd
 
 from scripts.data.fitting import network_slices
-from scripts.data.slices import PromptedSlices, SlicesToSquared, choose_prompts, grown_box
+from scripts.data.slices import (
+    PromptedSlices,
+    SlicesToSquared,
+    choose_impossible,
+    choose_prompts,
+    draw_orientation,
+    grown_box,
+    reoriented,
+)
+from scripts.data.vocabulary import Vocabulary
 from scripts.errors import ConfigError, InputError
 from scripts.losses.shape_distance import distance_map
 
@@ -41,6 +51,22 @@ def test_slices_are_those_of_the_network_as_bytes(channels, height, width, gener
     assert case["label"].shape == (2, 2, SIDE, SIDE)
     assert case["label"][:, :, :rows, :columns].all()
     assert case["label"].sum() == 2 * 2 * rows * columns
+
+
+def test_what_the_square_holds_is_written_down():
+    label = torch.zeros((2, 10, 24, 3), dtype=torch.uint8)
+    label[0, 4, 5, 1] = 1
+    label[1, :, :, 1:] = 1
+    case = SlicesToSquared(size=SIDE)({"image": torch.rand(1, 10, 24, 3), "label": label})
+    assert case["content"] == (7, 16)  # 10 * 16 / 24 is 6.67
+    assert case["drawn"].tolist() == [[False, False], [True, True], [False, True]]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 8, 9, 4), (2, 9, 8, 4)])
+def test_a_label_of_other_slices_or_pixels_is_refused(shape):
+    case = {"case": "a", "image": torch.rand(1, 8, 8, 4), "label": torch.zeros(shape)}
+    with pytest.raises(InputError, match=r"case a: expected a label of \(8, 8, 4\) pixels .*, got \(\d, \d, \d\)"):
+        SlicesToSquared(size=SIDE)(case)
 
 
 def test_the_case_that_came_in_stays_as_it_is():
@@ -145,7 +171,7 @@ def prepared(name, *, annotated=CLASS_IDS, depth=4, channels=1, seed=0):
         for k in range(len(CLASS_IDS)):
             if place >> k & 1:
                 label[place, k, 2 + k : 6 + 2 * k, 4 : 9 + k] = 1
-    return {"case": name, "annotated": list(annotated), "image": image, "label": label}
+    return {"case": name, "annotated": list(annotated), "image": image, "label": label, "modality": "MR"}
 
 
 def samples(*cases, **settings):
@@ -326,3 +352,387 @@ def test_a_case_without_any_of_the_classes_is_refused_before_files_are_read(anno
 def test_no_slice_is_no_training():
     with pytest.raises(InputError, match="no slice to learn from"):
         PromptedSlices([], Compose([]), class_ids=CLASS_IDS)
+
+
+# What cannot be there
+
+
+def test_impossible_classes_are_drawn_in_their_share():
+    impossible = np.array([False, True, False, True])
+    rng = np.random.default_rng(0)
+    drawn = [choose_impossible(impossible, count=3, share=0.2, rng=rng) for _ in range(2000)]
+    # Four standard deviations of a share of 6000 questions.
+    assert sum(map(len, drawn)) / 6000 == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / 6000))
+    counts = np.bincount(np.concatenate(drawn), minlength=4)
+    assert set(np.flatnonzero(counts)) == {1, 3}
+    assert counts[1] == pytest.approx(counts[3], rel=0.2)
+
+
+def test_impossible_classes_are_drawn_once_while_others_are_left():
+    drawn = choose_impossible(np.array([True, False, True, True]), count=8, share=1.0, rng=np.random.default_rng(1))
+    assert sorted(drawn[:3]) == sorted(drawn[3:6]) == [0, 2, 3]
+    assert len(set(drawn[6:])) == 2
+
+
+@pytest.mark.parametrize(("impossible", "share"), [([False, False], 0.5), ([True, True], 0.0)])
+def test_without_impossible_classes_no_random_number_is_used(impossible, share):
+    rng = np.random.default_rng(0)
+    drawn = choose_impossible(np.array(impossible), count=4, share=share, rng=rng)
+    assert (drawn.dtype.kind, len(drawn)) == ("i", 0)
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+LIVER, LEFT_KIDNEY, RIGHT_KIDNEY, POLYP, TUMOUR = 1, 4, 5, 6, 14
+
+
+@pytest.fixture(scope="module")
+def vocabulary(bundle_root):
+    return Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+
+
+def picture(name, *, modality, class_ids, annotated, layers, content=(SIDE, SIDE), **fields):
+    """One slice as SlicesToSquared leaves it; layers are the class's rows and columns."""
+    label = torch.zeros((1, len(class_ids), SIDE, SIDE), dtype=torch.uint8)
+    for class_id, (rows, columns) in layers.items():
+        label[0, class_ids.index(class_id), slice(*rows), slice(*columns)] = 1
+    image = torch.zeros((1, 1, SIDE, SIDE), dtype=torch.uint8)
+    rows, columns = content
+    image[0, 0, :rows, :columns] = torch.arange(rows * columns).reshape(content) % 251 + 1
+    case = {"case": name, "modality": modality, "annotated": annotated, "image": image, "label": label}
+    return case | {"content": content, **fields}
+
+
+def questions_about(cases, *, draws=200, **settings):
+    dataset = PromptedSlices(cases, Compose([]), box_growth=0, **settings)
+    found = []
+    for epoch in range(draws):
+        dataset.set_epoch(epoch)
+        found += [dataset[index] for index in range(len(dataset))]
+    return found
+
+
+def test_classes_that_cannot_occur_are_asked_for_and_absent(vocabulary):
+    """A polyp in a heart MR, but not what nobody labelled and could be there."""
+    ids = [LIVER, LEFT_KIDNEY, POLYP]
+    case = picture("heart", modality="MR", class_ids=ids, annotated=[LIVER], layers={LIVER: ((1, 9), (2, 12))})
+    settings = {"class_ids": ids, "vocabulary": vocabulary, "absent_share": 0.0, "classes_per_image": 2}
+    found = questions_about([case], impossible_share=0.3, draws=500, **settings)
+    asked = torch.cat([sample["class_id"] for sample in found])
+    assert set(asked.tolist()) == {LIVER, POLYP}
+    share = (asked == POLYP).float().mean().item()
+    assert share == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / 1000))
+    for sample in found:
+        for position, class_id in enumerate(sample["class_id"].tolist()):
+            assert bool(sample["present"][position]) == (class_id == LIVER)
+            for name in ("label", "box", "distance"):
+                assert bool(sample[name][position].any()) == (class_id == LIVER)
+
+
+def test_what_a_label_says_of_an_impossible_class_does_not_count(vocabulary):
+    ids = [LIVER, POLYP]
+    layers = {LIVER: ((1, 9), (2, 12)), POLYP: ((0, 4), (0, 4))}
+    case = picture("a", modality="CT", class_ids=ids, annotated=[LIVER], layers=layers)
+    found = questions_about([case], class_ids=ids, vocabulary=vocabulary, impossible_share=1.0, draws=3)
+    assert all(sample["class_id"].tolist() == [POLYP] and not sample["label"].any() for sample in found)
+    dataset = PromptedSlices([case], Compose([]), class_ids=ids)
+    assert dataset.present.tolist() == [[True, False]]
+
+
+def test_what_is_annotated_is_not_impossible(vocabulary):
+    ids = [LIVER, POLYP]
+    case = picture("a", modality="CT", class_ids=ids, annotated=ids, layers={LIVER: ((1, 9), (2, 12))})
+    settings = {"class_ids": ids, "vocabulary": vocabulary, "impossible_share": 1.0, "absent_share": 0.0, "draws": 5}
+    assert all(sample["class_id"].tolist() == [LIVER] for sample in questions_about([case], **settings))
+
+
+@pytest.mark.parametrize(
+    ("regions", "asked"), [(["abdomen"], {LIVER, TUMOUR}), (["abdomen", "head"], {LIVER}), (None, {LIVER})]
+)
+def test_regions_tell_what_cannot_occur(vocabulary, regions, asked):
+    ids = [LIVER, TUMOUR]
+    case = picture("a", modality="MR", class_ids=ids, annotated=[LIVER], layers={LIVER: ((1, 9), (2, 12))})
+    case |= {} if regions is None else {"regions": regions}
+    found = questions_about([case], class_ids=ids, vocabulary=vocabulary, impossible_share=0.5, draws=40)
+    assert {int(sample["class_id"]) for sample in found} == asked
+
+
+def test_without_impossible_classes_samples_are_as_without_the_share(vocabulary):
+    case = prepared("a")
+    with_share = samples(case, vocabulary=vocabulary, impossible_share=0.5, augmentation=random_augmentation())
+    without = samples(case, augmentation=random_augmentation())
+    # Of 2, 5 and 9 each can occur in MR.
+    for index in range(4):
+        assert_same(with_share[index], without[index])
+
+
+def test_the_share_of_impossible_classes_is_a_share(vocabulary):
+    with pytest.raises(ConfigError, match=r"impossible_share lies in 0\.\.\.1, not 1\.2"):
+        samples(vocabulary=vocabulary, impossible_share=1.2)
+
+
+@pytest.mark.parametrize("settings", [{"impossible_share": 0.1}, {"orientations": {"MR": "mirror"}}])
+def test_what_needs_the_vocabulary_asks_for_it(settings):
+    with pytest.raises(ConfigError, match="impossible_share and orientations need the vocabulary"):
+        samples(**settings)
+
+
+# Mirrors and quarter turns
+
+
+@pytest.mark.parametrize("content", [(SIDE, SIDE), (5, SIDE), (SIDE, 7), (1, SIDE), (SIDE, 1), (1, 1)])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_what_is_turned_is_the_content_and_the_padding_stays(content, mirrored, turns):
+    rows, columns = content
+    layers = np.zeros((2, SIDE, SIDE))
+    layers[:, :rows, :columns] = np.arange(1, 2 * rows * columns + 1).reshape(2, rows, columns)
+    found = reoriented(torch.from_numpy(layers), content=content, mirrored=mirrored, turns=turns).numpy()
+    inner = layers[:, :rows, :columns]
+    inner = inner[:, :, ::-1] if mirrored else inner
+    for _ in range(turns):  # anticlockwise: the last column becomes the first row
+        inner = inner.transpose(0, 2, 1)[:, ::-1]
+    assert np.array_equal(found[:, : inner.shape[1], : inner.shape[2]], inner)
+    assert np.count_nonzero(found) == inner.size
+
+
+def test_turned_by_hand():
+    layers = torch.tensor([[[1, 2, 3], [4, 5, 6], [0, 0, 0]]])
+    found = {
+        (mirrored, turns): reoriented(layers, content=(2, 3), mirrored=mirrored, turns=turns)[0].tolist()
+        for mirrored in (False, True)
+        for turns in (0, 1, 2)
+    }
+    assert found == {
+        (False, 0): [[1, 2, 3], [4, 5, 6], [0, 0, 0]],
+        (False, 1): [[3, 6, 0], [2, 5, 0], [1, 4, 0]],
+        (False, 2): [[6, 5, 4], [3, 2, 1], [0, 0, 0]],
+        (True, 0): [[3, 2, 1], [6, 5, 4], [0, 0, 0]],
+        (True, 1): [[1, 4, 0], [2, 5, 0], [3, 6, 0]],
+        (True, 2): [[4, 5, 6], [1, 2, 3], [0, 0, 0]],
+    }
+
+
+@pytest.mark.parametrize("content", [(SIDE, SIDE), (5, SIDE), (SIDE, 7)])
+def test_mirroring_twice_and_turning_round_change_nothing(content, generator):
+    layers = torch.zeros(3, SIDE, SIDE)
+    layers[:, : content[0], : content[1]] = torch.rand((3, *content), generator=generator)
+    once = reoriented(layers, content=content, mirrored=True, turns=0)
+    assert not torch.equal(once, layers)
+    assert torch.equal(reoriented(once, content=content, mirrored=True, turns=0), layers)
+    turned, place = layers, content
+    for _ in range(4):
+        turned, place = reoriented(turned, content=place, mirrored=False, turns=1), place[::-1]
+    assert torch.equal(turned, layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("none", {(False, 0)}),
+        ("mirror", {(False, 0), (True, 0)}),
+        ("all", {(mirrored, turns) for mirrored in (False, True) for turns in range(4)}),
+    ],
+)
+def test_orientations_are_drawn_alike(kind, expected):
+    rng = np.random.default_rng(0)
+    drawn = [draw_orientation(kind, rng) for _ in range(800)]
+    assert set(drawn) == expected
+    assert min(drawn.count(one) for one in expected) > 800 / len(expected) * 0.7
+    if kind == "none":
+        assert rng.random() == np.random.default_rng(0).random()
+
+
+def two_kidneys(**fields):
+    """A slice, wider than high, with the right kidney at the left margin and a larger left kidney on the right."""
+    layers = {RIGHT_KIDNEY: ((2, 5), (0, 3)), LEFT_KIDNEY: ((2, 6), (10, 14))}
+    settings = {
+        "modality": "MR",
+        "class_ids": [LIVER, LEFT_KIDNEY, RIGHT_KIDNEY],
+        "layers": layers,
+        "content": (8, SIDE),
+    }
+    return picture("kidneys", **{"annotated": [LEFT_KIDNEY, RIGHT_KIDNEY], **settings, **fields})
+
+
+def test_the_mirrored_right_kidney_is_a_left_one(vocabulary):
+    ids = [LIVER, LEFT_KIDNEY, RIGHT_KIDNEY]
+    case = two_kidneys()
+    found = questions_about(
+        [case],
+        class_ids=ids,
+        vocabulary=vocabulary,
+        orientations={"MR": "mirror"},
+        classes_per_image=2,
+        absent_share=0.0,
+        draws=40,
+    )
+    upright = {LEFT_KIDNEY: [10, 2, 13, 5], RIGHT_KIDNEY: [0, 2, 2, 4]}
+    mirrored = {RIGHT_KIDNEY: [2, 2, 5, 5], LEFT_KIDNEY: [13, 2, 15, 4]}
+    kinds = set()
+    for sample in found:
+        is_mirrored = not torch.equal(sample["image"][0], case["image"][0, 0].float() / 255)
+        kinds.add(is_mirrored)
+        boxes = dict(zip(sample["class_id"].tolist(), sample["box"].tolist(), strict=True))
+        assert boxes == (mirrored if is_mirrored else upright)
+        assert sample["present"].all()
+        image = torch.round(sample["image"][0] * 255)
+        expected = case["image"][0, 0, :8].flip(-1) if is_mirrored else case["image"][0, 0, :8]
+        assert torch.equal(image[:8], expected.float())
+        assert not image[8:].any()
+    assert kinds == {False, True}
+
+
+def test_what_is_annotated_is_mirrored_too(vocabulary):
+    """Of one kidney alone the mirror image tells about the other one alone."""
+    ids = [LIVER, LEFT_KIDNEY, RIGHT_KIDNEY]
+    case = two_kidneys(annotated=[LEFT_KIDNEY])
+    settings = {"class_ids": ids, "vocabulary": vocabulary, "orientations": {"mri": "mirror"}, "draws": 40}
+    found = questions_about([case], **settings)
+    columns = {int(sample["class_id"]): sample["box"][0, ::2].tolist() for sample in found}
+    assert columns == {LEFT_KIDNEY: [10, 13], RIGHT_KIDNEY: [2, 5]}
+    assert all(sample["present"].all() for sample in found)
+
+
+def test_what_is_present_is_mirrored_too(vocabulary):
+    """A slice with the right kidney alone is, mirrored, one with the left kidney alone."""
+    ids = [LIVER, LEFT_KIDNEY, RIGHT_KIDNEY]
+    case = two_kidneys(layers={RIGHT_KIDNEY: ((2, 5), (0, 3))})
+    settings = {"class_ids": ids, "vocabulary": vocabulary, "orientations": {"MR": "mirror"}, "draws": 40}
+    found = questions_about([case], absent_share=0.0, **settings)
+    assert {int(sample["class_id"]) for sample in found} == {LEFT_KIDNEY, RIGHT_KIDNEY}
+    assert all(sample["present"].all() for sample in found)
+    found = questions_about([case], absent_share=1.0, **settings)
+    assert {int(sample["class_id"]) for sample in found} == {LEFT_KIDNEY, RIGHT_KIDNEY}
+    assert not any(sample["present"].any() for sample in found)
+
+
+def test_turned_pictures_keep_what_is_where(vocabulary):
+    """The mask is the bright part of the picture, whichever way both are laid."""
+    case = picture(
+        "a",
+        modality="endoscopy",
+        class_ids=[POLYP],
+        annotated=[POLYP],
+        layers={POLYP: ((1, 4), (9, 14))},
+        content=(6, SIDE),
+    )
+    case["image"] = (case["label"] * 200 + 20).clone()
+    case["image"][..., 6:, :] = 0
+    settings = {"class_ids": [POLYP], "vocabulary": vocabulary, "orientations": {"endoscopy": "all"}}
+    found = questions_about([case], **settings)
+    shapes = set()
+    for sample in found:
+        bright = torch.round(sample["image"][0] * 255) == 220
+        assert torch.equal(sample["label"][0] > 0, bright)
+        filled = sample["image"][0] > 0
+        shapes.add((int(filled.any(dim=1).sum()), int(filled.any(dim=0).sum())))
+        assert filled[0, 0]  # the padding lies at the bottom and on the right
+    assert shapes == {(6, 16), (16, 6)}
+    assert len({tuple(sample["box"][0].tolist()) for sample in found}) == 8
+
+
+def test_a_picture_of_padding_stays_one(vocabulary):
+    case = picture("a", modality="endoscopy", class_ids=[POLYP], annotated=[POLYP], layers={}, content=(1, SIDE))
+    case["image"].zero_()
+    settings = {"class_ids": [POLYP], "vocabulary": vocabulary, "orientations": {"endoscopy": "all"}, "draws": 20}
+    for sample in questions_about([case], **settings):
+        assert not any(sample[name].any() for name in ("image", "label", "present", "box", "distance"))
+
+
+def test_other_modalities_stay_as_they_are(vocabulary):
+    case = prepared("a")
+    settings = {"vocabulary": vocabulary, "augmentation": random_augmentation()}
+    turned = samples(case, orientations={"endoscopy": "all", "MR": "none", "fundus": "mirror"}, **settings)
+    for index in range(4):
+        assert_same(turned[index], samples(case, **settings)[index])
+
+
+def test_augmentation_can_be_switched_off(vocabulary):
+    case = two_kidneys()
+    settings = {"class_ids": [LIVER, LEFT_KIDNEY, RIGHT_KIDNEY], "vocabulary": vocabulary}
+    changes = {"orientations": {"MR": "all"}, "augmentation": random_augmentation()}
+    still = questions_about([case], augment=False, draws=20, **settings, **changes)
+    for sample in still:
+        assert torch.equal(torch.round(sample["image"] * 255), case["image"][0].float().expand(3, -1, -1))
+    plain = questions_about([case], draws=20, **settings)
+    for first, second in zip(still, plain, strict=True):
+        assert_same(first, second)
+
+
+@pytest.mark.parametrize("kind", ["mirror", "all"])
+def test_a_kidney_whose_partner_has_no_id_cannot_be_mirrored(vocabulary, kind):
+    case = prepared("a", annotated=[RIGHT_KIDNEY])
+    settings = {"class_ids": (2, 5, 9), "vocabulary": vocabulary}
+    with pytest.raises(ConfigError) as caught:
+        PromptedSlices([case], Compose([]), orientations={"MR": kind}, **settings)
+    assert str(caught.value) == (
+        "a mirrored MR image shows 'left kidney' where 'right kidney' was, but class_ids is [2, 5, 9]: add 4 to "
+        "class_ids, or set the orientation of MR to none"
+    )
+    # Neither kidneys nor lungs show in pictures of mucosa, and upright images need no partner.
+    for allowed in ({"endoscopy": kind}, {"MR": "none"}):
+        assert len(PromptedSlices([case], Compose([]), orientations=allowed, **settings)) == 4
+    assert len(PromptedSlices([case], Compose([]), orientations={"MR": kind}, augment=False, **settings)) == 4
+
+
+@pytest.mark.parametrize(
+    ("orientations", "message"),
+    [
+        ({"MR": "flip"}, "the orientation of MR is one of none, mirror, all, not 'flip'"),
+        ({"MR": True}, "the orientation of MR is one of none, mirror, all, not True"),
+        ({"PT": "all"}, "orientations: Modality 'PT' is unknown"),
+    ],
+)
+def test_orientations_that_are_none(vocabulary, orientations, message):
+    with pytest.raises(ConfigError, match=message):
+        samples(vocabulary=vocabulary, orientations=orientations)
+
+
+# Nothing is lost without a word
+
+
+def test_what_is_too_small_for_the_network_is_counted(caplog):
+    caplog.set_level(logging.INFO, logger="scripts.data.slices")
+    label = torch.zeros((3, 64, 64, 2), dtype=torch.uint8)
+    label[0, 16:48, 16:48] = 1  # in both slices
+    label[1, 9, 9, 0] = 1  # a pixel between those that are looked at
+    label[2, 9, 9, 1] = 1  # another one, of a class that counts as not annotated
+    data = {"case": "a", "annotated": [2, 5], "image": torch.rand(1, 64, 64, 2) * 255, "label": label}
+    squared = SlicesToSquared(size=SIDE)
+    dataset = PromptedSlices([data], Compose([squared]), class_ids=CLASS_IDS, progress=False)
+    assert not squared(data)["label"][:, 1:].any()
+    assert caplog.messages == ["1 of 3 (slice, class) pairs are too small to be seen at 16 pixels"]
+    assert dataset.present.tolist() == [[True, False, False], [True, False, False]]
+
+
+def test_where_nothing_is_too_small_nothing_is_said(caplog):
+    caplog.set_level(logging.INFO, logger="scripts.data.slices")
+    label = torch.zeros((3, SIDE, SIDE, 2), dtype=torch.uint8)
+    label[1, 9, 9, 0] = 1
+    data = {"case": "a", "annotated": [2, 5], "image": torch.rand(1, SIDE, SIDE, 2) * 255, "label": label}
+    dataset = PromptedSlices([data], Compose([SlicesToSquared(size=SIDE)]), class_ids=CLASS_IDS, progress=False)
+    assert dataset.present.any()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("key", ["image", "label", "drawn"])
+def test_a_slice_that_a_transform_loses_is_missed(key):
+    lose = Compose([SlicesToSquared(size=SIDE), Lambdad(key, lambda slices: slices[1:])])
+    data = {"case": "a", "annotated": [2], "image": torch.rand(1, 8, 8, 4), "label": torch.ones((3, 8, 8, 4))}
+    with pytest.raises(InputError, match=r"case a: expected \d slices, got image \d, label \d, label as drawn \d; the"):
+        PromptedSlices([data], lose, class_ids=CLASS_IDS, progress=False)
+
+
+def test_slices_are_as_many_as_were_counted():
+    data = {"case": "a", "annotated": [2], "image": torch.rand(1, 8, 8, 4), "label": torch.ones((3, 8, 8, 4))}
+    settings = {"transform": Compose([SlicesToSquared(size=SIDE)]), "class_ids": CLASS_IDS, "progress": False}
+    counted = data | {"counts": {"slices": 4, "voxels": {}}}
+    assert len(PromptedSlices([counted], **settings)) == 4
+    with pytest.raises(InputError, match="case a: expected 5 slices, got image 4, label 4, label as drawn 4"):
+        PromptedSlices([data | {"counts": {"slices": 5, "voxels": {}}}], **settings)
+
+
+def test_each_slice_knows_its_data_set():
+    cases = [prepared("a", depth=2) | {"set": "x"}, prepared("b", depth=1) | {"set": "y"}]
+    assert samples(*cases).sets == ["x", "x", "y"]
+    assert samples(prepared("a", depth=2)).sets == ["", ""]
