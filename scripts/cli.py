@@ -12,8 +12,8 @@ import fire
 from tqdm import tqdm
 
 from scripts.command_words import for_fire, later, perform
-from scripts.errors import CheckpointError
-from scripts.workflow import BUNDLE_ROOT, CONFIGS, find_overlays, run_configs
+from scripts.errors import CheckpointError, ConfigError
+from scripts.workflow import BUNDLE_ROOT, CONFIGS, as_setting, find_overlays, run_configs
 
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -36,7 +36,7 @@ def infer(
     Args:
         source: the file or folder.
         classes: names or ids, separated by commas; all that were trained for the modality if none is given.
-        modality: CT, MR, endoscopy, dermoscopy or xray, where the file does not tell.
+        modality: CT, MR, endoscopy, dermoscopy, xray, fundus, ultrasound or microscopy, where the file does not tell.
         output: folder of label maps, names, colours and overlay pictures.
         checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
         probability_maps: also write each class's probabilities, in which overlapping classes stay apart.
@@ -59,7 +59,7 @@ def infer(
 
 
 def train(
-    datalist: str,
+    datalist: str | Sequence[str],
     *,
     output: str = "runs/train",
     config: str | Sequence[str] = (),
@@ -70,31 +70,30 @@ def train(
     """Train AutoMedSAM on the cases of a datalist.
 
     Args:
-        datalist: JSON file with the sections training and validation, see docs/data.md.
+        datalist: JSON file with the sections training and validation, see docs/data.md; several, separated by commas,
+            are trained as one model.
         output: folder of model.pt, model.json, last.pt, losses.csv and epochs.csv.
         config: overlays over configs/train.json, separated by commas; names within configs/ will do.
         from_scratch: start from random weights and train the image encoder too.
         resume: the last.pt of a run to go on with.
         overrides: further settings of configs/train.json, such as max_epochs.
     """
-    path = Path(datalist).absolute()
     folder = _writable(output)
     settings: dict[str, Any] = {
-        "datalist": str(path),
-        "dataset_dir": str(path.parent),
+        **_of_datalist(datalist),
         "output_dir": str(folder),
         "resume": None if resume is None else str(Path(resume).absolute()),
     }
     if from_scratch:
         settings |= {"pretrained": None, "train_image_encoder": True}
     if "class_ids" not in overrides:
-        settings["class_ids"] = _annotated_ids(path, overrides.get("dataset_dir", path.parent))
+        settings["class_ids"] = _annotated_ids(settings["datalist"], {**settings, **overrides}["dataset_dir"])
     run_configs(["train.json", *find_overlays(config)], {**settings, **overrides})
     return f"the best network is {folder / 'model.pt'}; its way there is in epochs.csv and losses.csv"
 
 
 def evaluate(
-    datalist: str,
+    datalist: str | Sequence[str],
     *,
     checkpoint: str | None = None,
     section: str = "test",
@@ -105,18 +104,16 @@ def evaluate(
     """Score a model on a section of a datalist: DSC and NSD of each class in the cases' own spacing.
 
     Args:
-        datalist: JSON file, see docs/data.md.
+        datalist: JSON file, see docs/data.md, or several, separated by commas.
         checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
         section: which cases.
         presence: `all` asks for every class in every slice, `oracle` only for those that the truth has there.
         output: folder of metrics.csv and metrics.json.
         overrides: further settings of configs/train.json and configs/evaluate.json.
     """
-    path = Path(datalist).absolute()
     folder = _writable(output)
     settings = {
-        "datalist": str(path),
-        "dataset_dir": str(path.parent),
+        **_of_datalist(datalist),
         "validation_section": section,
         "presence": presence,
         "output_dir": str(folder),
@@ -156,6 +153,101 @@ def phantoms(
         folder, training=training, validation=validation, test=test, size=size, slices=slices, seed=seed
     )
     return f"the datalist is {path}"
+
+
+def prepare(
+    name: str | None = None,
+    *,
+    source: str | None = None,
+    output: str | None = None,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    strict: bool = False,
+    leave_out_errors: bool = False,
+    sequence: str | None = None,
+    label_map: str | None = None,
+    images: str | None = None,
+    labels: str | None = None,
+    classes: str | Sequence[str] | None = None,
+    modality: str | None = None,
+    split_table: str | None = None,
+    workers: int = 1,
+    progress_bar: bool = True,
+) -> str:
+    """Make the datalist of a data set in its owner's layout: find, check, split and count its cases.
+
+    Args:
+        name: of the data set, see docs/data.md; without one, all names are listed.
+        source: folder of the data set as downloaded.
+        output: folder of datalist.json and preparation.json; data/NAME if none is given.
+        fractions: of the patients, for training, validation and test, where the owner has not split them.
+        seed: of the split; same seed, same split.
+        strict: take warnings as errors.
+        leave_out_errors: leave cases with errors out, instead of stopping.
+        sequence: of data sets with several MR sequences, such as flair or t1ce.
+        label_map: what label values mean, such as 1=liver,2=spleen,3=none; for generic, medsam_npz and msd.
+        images: for generic: where the images are, default images/{case}.{suffix}.
+        labels: for generic: where the labels are, default labels/{case}.{suffix}; with {class} in it, one mask a class.
+        classes: for generic with masks: the classes.
+        modality: for generic and medsam_npz: CT, MR, endoscopy, dermoscopy, xray, fundus, ultrasound or microscopy.
+        split_table: for generic: a CSV file with the columns case, split and, if known, patient.
+        workers: how many processes read cases at the same time.
+        progress_bar: whether to show one.
+    """
+    if name is None:
+        return _list_of_sets()
+    from scripts.data.converters import prepare as preparation
+    from scripts.data.vocabulary import parse_prompts
+    from scripts.report.preparation import render_preparation
+
+    tables = preparation.read_tables(CONFIGS)
+    if source is None:
+        raise ConfigError(f"say where the files of {name} are: --source DIR")
+    folder = _writable(f"data/{name}" if output is None else output)
+    chosen = parse_prompts(classes)
+    request = preparation.Request(
+        name=name,
+        source=Path(source).absolute(),
+        output=folder,
+        fractions=fractions,
+        seed=seed,
+        strict=as_setting(strict, False),
+        leave_out_errors=as_setting(leave_out_errors, False),
+        sequence=sequence,
+        label_map=_as_label_map(label_map),
+        classes=None if chosen is None else [str(word) for word in chosen],
+        modality=modality,
+        split_table=split_table,
+        workers=workers,
+        progress=as_setting(progress_bar, True),
+        **{key: value for key, value in {"images": images, "labels": labels}.items() if value is not None},
+    )
+    record = preparation.prepare(request, tables)
+    return f"{render_preparation(record)}\n\nthe datalist is {folder / 'datalist.json'}"
+
+
+def _list_of_sets() -> str:
+    from scripts.data.converters.layouts import PROGRAMS, names_of_sets, read_layouts
+    from scripts.data.vocabulary import Vocabulary
+
+    layouts = read_layouts(CONFIGS / "layouts.yaml", Vocabulary.read(CONFIGS / "classes.yaml"))
+    titles = PROGRAMS | {name: layout.title for name, layout in layouts.items()}
+    return "\n".join(f"{name:18s} {titles[name]}" for name in names_of_sets(layouts))
+
+
+def _as_label_map(text: str | None) -> dict[int, str | None] | None:
+    """Read `1=liver,2=spleen,3=none`; none is a value of no class.
+
+    Raises:
+        ConfigError: another form, or a value that comes twice.
+    """
+    if text is None:
+        return None
+    pairs = [(value.strip(), name.strip()) for value, _, name in (part.partition("=") for part in text.split(","))]
+    values = [int(value) for value, name in pairs if value.isdecimal() and name]
+    if len(values) < len(pairs) or len(set(values)) < len(values):
+        raise ConfigError(f"--label-map is written 1=liver,2=spleen,3=none, each value once; got {text!r}")
+    return {int(value): None if name.lower() == "none" else name for value, name in pairs}
 
 
 def classes() -> str:
@@ -205,7 +297,7 @@ def demo(*, output: str = "runs/demo") -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; errors that a user can mend become one line and exit code 1."""
     _quieten()
-    verbs = {verb.__name__: later(verb) for verb in (infer, train, evaluate, phantoms, classes, half, demo)}
+    verbs = {verb.__name__: later(verb) for verb in (infer, train, evaluate, prepare, phantoms, classes, half, demo)}
     words = sys.argv[1:] if arguments is None else arguments
     try:
         fire.Fire(verbs, command=for_fire(words, verbs), name="automedsam", serialize=perform)
@@ -302,7 +394,17 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
     }
 
 
-def _annotated_ids(datalist: Path, dataset_dir: str | Path) -> list[int]:
+def _of_datalist(datalist: str | Sequence[str]) -> dict[str, Any]:
+    """Give the settings of one datalist, or of several; of these each has its own folder."""
+    names: Sequence[str] = datalist
+    if isinstance(datalist, str):
+        # A comma may be part of a file's name.
+        names = [datalist] if Path(datalist).is_file() else datalist.split(",")
+    paths = [str(Path(name.strip()).absolute()) for name in names]
+    return {"datalist": paths if len(paths) > 1 else paths[0], "dataset_dir": str(Path(paths[0]).parent)}
+
+
+def _annotated_ids(datalist: str | Sequence[str], dataset_dir: str | Path) -> list[int]:
     """Find the classes that the training cases teach."""
     from scripts.data.datalist import read_datalist
     from scripts.data.vocabulary import Vocabulary

@@ -748,7 +748,8 @@ def check_no_secret(secrets, folder, outcome):
 def test_no_tag_of_a_patient_reaches_any_output(tmp_path, rng, bundle_root, model):
     study = tmp_path / "study"
     for number in (1, 2):
-        series = write_series(study / str(number), smooth(rng, (3, 16, 20)))
+        tags = {**SECRETS, "0020|000e": f"{SECRETS['0020|000e']}.{number}"}
+        series = write_series(study / str(number), smooth(rng, (3, 16, 20)), tags)
         for path in series.iterdir():
             path.rename(study / f"{number}_{path.name}")
         series.rmdir()
