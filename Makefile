@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint check clean
+.PHONY: setup demo test test-slow lint check bench clean
 
 # The stamp is newer than both lists of requirements once everything is installed.
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
@@ -32,6 +32,10 @@ lint: setup
 # The bundle checks of MONAI's model zoo, by its own commands.
 check: setup
 	$(BIN)/python -m pytest tests/test_bundle.py
+
+# Time and memory; results go to benchmarks/results/.
+bench: setup
+	$(BIN)/python benchmarks/preparing.py
 
 clean:
 	rm -rf runs build dist eval .pytest_cache .mypy_cache .ruff_cache *.egg-info

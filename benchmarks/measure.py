@@ -1,0 +1,92 @@
+"""How benchmarks measure: whole processes, wall time and peak memory, several runs, and a file of results."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "itk", "pillow")
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process.
+
+    Attributes:
+        seconds: wall time from its start to its end.
+        peak_mb: the most memory that it held at a time (resident set), in MiB.
+    """
+
+    seconds: float
+    peak_mb: float
+
+
+def run_process(command: Sequence[str]) -> Run:
+    """Run a command to its end, without its output.
+
+    Raises:
+        RuntimeError: it failed; the text is the end of what it said.
+    """
+    with tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed: {said.read()[-2000:].decode(errors='replace')}")
+    return Run(seconds=seconds, peak_mb=usage.ru_maxrss * _rss_unit() / MEGABYTE)
+
+
+def _rss_unit() -> int:
+    """Give the bytes of a unit of `ru_maxrss`: kilobytes on Linux, bytes on macOS."""
+    return 1 if sys.platform == "darwin" else 1024
+
+
+def describe(runs: Sequence[Run]) -> dict[str, float | int]:
+    """Summarise runs of one command: median, smallest and largest wall time, and the highest memory."""
+    seconds = [run.seconds for run in runs]
+    return {
+        "seconds": round(statistics.median(seconds), 2),
+        "low": round(min(seconds), 2),
+        "high": round(max(seconds), 2),
+        "runs": len(runs),
+        "peak_mb": round(max(run.peak_mb for run in runs)),
+    }
+
+
+def write_result(name: str, values: dict[str, object], *, command: str) -> Path:
+    """Write `results/<name>.json` with what was measured, where and with what."""
+    result = {
+        "name": name,
+        **values,
+        "command": command,
+        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES}
+        | {"python": platform.python_version()},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _processor() -> str:
+    """Name the processor as the system does."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
