@@ -8,14 +8,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "itk", "pillow")
-MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,21 +35,13 @@ def run_process(command: Sequence[str]) -> Run:
     Raises:
         RuntimeError: it failed; the text is the end of what it said.
     """
-    with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        runner = [sys.executable, "-S", str(Path(__file__).with_name("run_one.py")), str(report)]
+        process = subprocess.run([*runner, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         if process.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed: {said.read()[-2000:].decode(errors='replace')}")
-    return Run(seconds=seconds, peak_mb=usage.ru_maxrss * _rss_unit() / MEGABYTE)
-
-
-def _rss_unit() -> int:
-    """Give the bytes of a unit of `ru_maxrss`: kilobytes on Linux, bytes on macOS."""
-    return 1 if sys.platform == "darwin" else 1024
+            raise RuntimeError(f"{' '.join(command)} failed: {process.stdout[-2000:].decode(errors='replace')}")
+        return Run(**json.loads(report.read_text(encoding="utf-8")))
 
 
 def describe(runs: Sequence[Run]) -> dict[str, float | int]:

@@ -20,7 +20,7 @@ def test_a_process_is_measured(benchmarks):
     hungry = measure.run_process([sys.executable, "-c", "x = bytearray(300 * 2**20)"])
     frugal = measure.run_process([sys.executable, "-c", "pass"])
     assert 290 < hungry.peak_mb - frugal.peak_mb < 330
-    assert 0 < frugal.seconds < hungry.seconds + 60
+    assert frugal.seconds > 0
 
 
 def test_a_process_that_fails_is_no_measurement(benchmarks):
