@@ -118,22 +118,24 @@ class AutoMedSAM(nn.Module):
         noise: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
         box: torch.Tensor | None = None,
+        embedded: bool = False,
     ) -> torch.Tensor | MaskPrediction:
         """Segment images, all known classes or those asked for.
 
         Args:
-            image: `(B, 3, S, S)` with values in [0, 1].
+            image: `(B, 3, S, S)` with values in [0, 1]; or its embedding `(B, 256, h, w)`, if `embedded` says so.
             class_ids: `(B, K)` classes to ask for in each image; None asks for all that the network knows.
             noise: standard normal values `(B, K, 256, h, w)` of the forward diffusion; None means none.
             timestep: diffusion steps `(B, K)`, from 1 to T; None means T.
             box: true boxes `(B, K, 4)`, xyxy in pixels of the input, from which the teacher's prompts are made.
+            embedded: whether `image` has been through the image encoder before.
 
         Returns:
             Without `class_ids` the logits `(B, 1 + largest id, S, S)`: channel 0 is the background at logit 0, channel
             k is class k, and a class that the network does not know has the lowest logit there is. With `class_ids` a
             `MaskPrediction`.
         """
-        embedding = self.encode_image(image)
+        embedding = image if embedded else self.encode_image(image)
         if class_ids is None:
             return self._all_classes(embedding)
         prompts = self.encode_classes(embedding, class_ids, noise=noise, timestep=timestep)
@@ -158,9 +160,8 @@ class AutoMedSAM(nn.Module):
         timestep: torch.Tensor | None = None,
     ) -> PromptEmbeddings:
         """Make the prompts of classes `(B, K)` for embeddings `(B, 256, h, w)`: B x K rows, image by image."""
-        per_prompt = embedding.repeat_interleave(class_ids.shape[1], dim=0)  # (B, C, h, w) -> (B K, C, h, w)
         return self.class_prompt_encoder(
-            per_prompt,
+            embedding,
             class_ids.flatten(),
             None if noise is None else noise.flatten(0, 1),
             None if timestep is None else timestep.flatten(),
@@ -184,8 +185,7 @@ class AutoMedSAM(nn.Module):
         """
         images = embedding.shape[0]
         per_image = prompts.dense.shape[0] // images
-        per_prompt = embedding.repeat_interleave(per_image, dim=0)  # (B, C, h, w) -> (B K, C, h, w)
-        logits, quality = self.mask_decoder(per_prompt, self.prompt_encoder.get_dense_pe(), prompts)
+        logits, quality = self.mask_decoder(embedding, self.prompt_encoder.get_dense_pe(), prompts)
         logits = logits.reshape(images, per_image, *logits.shape[1:])  # (B K, 4 h, 4 w) -> (B, K, 4 h, 4 w)
         if logits.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)

@@ -16,14 +16,16 @@ Neither changes the resolution. The state-dict names are those of the authors' f
 (https://github.com/HP-ML/AutoPromptMedSAM), so that their weights would load.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from scripts.errors import ConfigError
+from scripts.networks import pieces
 from scripts.networks.forward_diffusion import diffuse_accumulated, diffuse_once
-from scripts.networks.prompts import PromptEmbeddings
+from scripts.networks.prompts import PromptEmbeddings, images_of
 
 Preset = Literal["paper", "release"]
 EMBEDDING_CHANNELS = 256  # of SAM's image encoders and prompts
@@ -75,7 +77,50 @@ class TwoBranchUNet(nn.Module):
         Returns:
             Two maps `(N, 256, h, w)` with values >= 0: dense, sparse.
         """
-        first = self.enc1(diffused)
+        return self.decode(self.enc1(diffused), class_map)
+
+    def share(self, image_embedding: torch.Tensor) -> torch.Tensor:
+        """Take the part of the first convolution that an image's classes have in common.
+
+        Args:
+            image_embedding: `(B, 256, h, w)`, without noise.
+
+        Returns:
+            `(B, first width, h, w)`, bias included.
+        """
+        convolution = cast(nn.Conv2d, self.enc1[0])
+        weight = convolution.weight[:, :EMBEDDING_CHANNELS]
+        return F.conv2d(image_embedding, weight, convolution.bias, padding=1)
+
+    def complete(self, shared: torch.Tensor, class_map: torch.Tensor, *, repeats: int) -> torch.Tensor:
+        """Add a class to what `share` gives, and finish the first level.
+
+        A class map spread over all channels meets the sum of the kernel over these. Convolution is linear, and zeros
+        around the sum are zeros around both, so that nothing is left out at the border.
+
+        Args:
+            shared: `(N, first width, h, w)`.
+            class_map: the projected class, `(N, 1, h, w)`.
+            repeats: how often the map was added to each channel of the embedding.
+
+        Returns:
+            The first level's features, as `enc1` gives for the diffused embedding.
+        """
+        weight = cast(nn.Conv2d, self.enc1[0]).weight
+        spread, appended = weight[:, :EMBEDDING_CHANNELS], weight[:, EMBEDDING_CHANNELS:]  # 256; 0 or 1
+        kernel = repeats * spread.sum(dim=1, keepdim=True) + appended.sum(dim=1, keepdim=True)
+        return self.enc1[1:](shared + F.conv2d(class_map, kernel, padding=1))
+
+    def decode(self, first: torch.Tensor, class_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Go on from the first level.
+
+        Args:
+            first: the first level's features, `(N, first width, h, w)`.
+            class_map: as for `forward`.
+
+        Returns:
+            As `forward`.
+        """
         second = self.enc2(first)
         encoded = self.middle(second)
         attended = torch.cat((encoded, class_map), dim=1)  # F_att: the class is one more channel
@@ -140,10 +185,10 @@ class ClassPromptEncoder(nn.Module):
         noise: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
     ) -> PromptEmbeddings:
-        """Encode one class prompt for each embedding.
+        """Encode K class prompts for each of B embeddings, N = B K rows, image by image.
 
         Args:
-            image_embedding: F_I `(N, 256, h, w)`.
+            image_embedding: F_I `(B, 256, h, w)`.
             class_ids: the class of each row, `(N,)`, 1 and above.
             noise: standard normal values `(N, 256, h, w)`, or None for none.
             timestep: t of each row `(N,)`, from 1 to T; None means T. The accumulated form always takes all T steps.
@@ -151,24 +196,46 @@ class ClassPromptEncoder(nn.Module):
         Returns:
             Sparse `(N, 2, 256)` and dense `(N, 256, h, w)` embeddings with values >= 0.
         """
-        class_map = self.project(class_ids)
-        dense, sparse = self.unet(*self._conditioned(image_embedding, class_ids, class_map, noise, timestep))
+        class_map, bottom = self._class_maps(class_ids)
+        if timestep is None:
+            timestep = torch.full_like(class_ids, self.diffusion_steps)
+        per_image = len(class_ids) // len(image_embedding)
+        of_images = self.unet.share(image_embedding) if noise is None else image_embedding
+        width = EMBEDDING_CHANNELS * self.grid_size**2
+        parts = []
+        for rows in pieces.slices(len(class_ids), width=width, like=image_embedding):
+            images = images_of(of_images, rows, per_image)
+            if noise is None:
+                first = self.unet.complete(images, class_map[rows], repeats=self._repeats)
+            else:
+                first = self.unet.enc1(self._diffused(images, class_map[rows], noise[rows], timestep[rows]))
+            parts.append(self._prompts(first, bottom[rows]))
+        sparse, dense = (pieces.join(part) for part in zip(*parts, strict=True))
+        return PromptEmbeddings(sparse, dense)
+
+    @property
+    def _repeats(self) -> int:
+        """How often the class is added to the image embedding on its way to F_t or F_T."""
+        return 1 if self.preset == "paper" else self.diffusion_steps
+
+    def _class_maps(self, class_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give what tells the class at the top and at the bottom of the U-Net, `(N, 1, h, w)` each."""
+        projected = self.project(class_ids)
+        if self.preset == "paper":
+            return projected, projected
+        return projected, class_ids.to(projected.dtype).reshape(-1, 1, 1, 1).expand_as(projected)
+
+    def _diffused(
+        self, images: torch.Tensor, class_map: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Give the U-Net's input with noise, `(N, 256 or 257, h, w)`."""
+        if self.preset == "paper":
+            return diffuse_once(images, class_map, noise, timestep.to(images.dtype))
+        diffused = diffuse_accumulated(images, class_map, noise, self.diffusion_steps)
+        return torch.cat((diffused, class_map), dim=1)
+
+    def _prompts(self, first: torch.Tensor, bottom: torch.Tensor) -> PromptEmbeddings:
+        """Make prompts of the first level's features and of the class at the bottom."""
+        dense, sparse = self.unet.decode(first, bottom)
         tokens = self.token_pool(sparse)  # (N, 256, 2, 1): means of the upper and of the lower half
         return PromptEmbeddings(sparse=tokens.flatten(2).transpose(1, 2), dense=dense)
-
-    def _conditioned(
-        self,
-        image_embedding: torch.Tensor,
-        class_ids: torch.Tensor,
-        class_map: torch.Tensor,
-        noise: torch.Tensor | None,
-        timestep: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the U-Net's two inputs: the diffused embedding, and the class at the bottom."""
-        if self.preset == "paper":
-            if timestep is None:
-                timestep = torch.full_like(class_ids, self.diffusion_steps)
-            return diffuse_once(image_embedding, class_map, noise, timestep.to(image_embedding.dtype)), class_map
-        diffused = diffuse_accumulated(image_embedding, class_map, noise, self.diffusion_steps)
-        number = class_ids.to(image_embedding.dtype).reshape(-1, 1, 1, 1).expand_as(class_map)
-        return torch.cat((diffused, class_map), dim=1), number

@@ -1,16 +1,44 @@
 """SAM's mask decoder and prompt encoder, built as published, for prompts of many images at once."""
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.transformer import Attention
+from torch import nn
 
-from scripts.networks.prompts import PromptEmbeddings
+from scripts.networks import pieces
+from scripts.networks.prompts import PromptEmbeddings, images_of
 
 PROMPT_CHANNELS = 256
+ATTENTION_CHANNELS = 128  # of the attention between tokens and image
 UPSCALING = 4  # the decoder's masks have four pixels for each cell of the grid, each way
 
 
+class FusedTokenAttention(nn.Module):
+    """The two-way transformer's attention through PyTorch's scaled-dot-product attention.
+
+    Args:
+        published: the attention whose parameters it takes over, under their names.
+    """
+
+    def __init__(self, published: Attention) -> None:
+        super().__init__()
+        self.num_heads: int = published.num_heads
+        self.q_proj, self.k_proj = published.q_proj, published.k_proj
+        self.v_proj, self.out_proj = published.v_proj, published.out_proj
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attend from `(N, L, channels)` to `(N, M, channels)`; the published names of the arguments are kept."""
+        query, key, value = (
+            projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, L or M, width of a head)
+            for projected in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
 class PromptMaskDecoder(MaskDecoder):
-    """SAM's mask decoder with one image embedding for each prompt, giving the single mask of each.
+    """SAM's mask decoder for the prompts of several images, giving the single mask of each.
 
     The parent repeats one image's embedding for all its prompts, which is wrong for a batch of images; and it computes
     the three further masks that SAM uses against ambiguous clicks, which a class does not need. Names and weights are
@@ -20,30 +48,77 @@ class PromptMaskDecoder(MaskDecoder):
     def forward(
         self, image_embedding: torch.Tensor, positional_encoding: torch.Tensor, prompts: PromptEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode N prompts.
+        """Decode K prompts for each of B images, N = B K, image by image.
 
         Args:
-            image_embedding: `(N, 256, h, w)`, row i belonging to prompt i.
+            image_embedding: `(B, 256, h, w)`.
             positional_encoding: of the grid, `(1, 256, h, w)`.
             prompts: N sparse and dense embeddings.
 
         Returns:
             Logits `(N, 4 h, 4 w)` and the estimated intersection over union `(N,)`.
         """
-        count, channels, height, width = image_embedding.shape
+        count, height, width = len(prompts.dense), *image_embedding.shape[2:]
+        embedding, positions, dense = (
+            values.contiguous(memory_format=torch.channels_last)  # as the transformer takes them
+            for values in (image_embedding, positional_encoding, prompts.dense)
+        )
+        parts = []
+        for rows in pieces.slices(count, width=ATTENTION_CHANNELS * height * width, like=embedding):
+            images = images_of(embedding, rows, count // len(embedding))
+            parts.append(self._decode(images + dense[rows], positions, prompts.sparse[rows]))
+        logits, quality = (pieces.join(part) for part in zip(*parts, strict=True))
+        return logits, quality
+
+    def _decode(
+        self, prompted: torch.Tensor, positions: torch.Tensor, sparse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode images with their dense prompts added `(n, 256, h, w)`, and sparse prompts `(n, T, 256)`."""
+        count, channels, height, width = prompted.shape
         own_tokens = torch.cat((self.iou_token.weight, self.mask_tokens.weight), dim=0)
-        tokens = torch.cat((own_tokens.unsqueeze(0).expand(count, -1, -1), prompts.sparse), dim=1)
-        positions = positional_encoding.expand(count, -1, -1, -1)
-        tokens, image = self.transformer(image_embedding + prompts.dense, positions, tokens)
+        tokens = torch.cat((own_tokens.unsqueeze(0).expand(count, -1, -1), sparse), dim=1)
+        tokens, image = self.transformer(prompted, positions.expand(count, -1, -1, -1), tokens)
         image = image.transpose(1, 2).reshape(count, channels, height, width)  # (N, h w, C) -> (N, C, h, w)
         kernels = self.output_hypernetworks_mlps[0](tokens[:, 1])  # token 0 is the quality's, token 1 the single mask's
         logits = torch.einsum("nc,nchw->nhw", kernels, self.output_upscaling(image))
         return logits, self.iou_prediction_head(tokens[:, 0])[:, 0]
 
 
+class GridPromptEncoder(PromptEncoder):
+    """SAM's prompt encoder that keeps its grid's positional encoding, which depends on nothing but a small matrix.
+
+    On a CPU, where the matrix is compared with the one that the encoding was made of: loading weights or moving them
+    in whatever order cannot leave a stale one behind. An accelerator would have to wait for the comparison, and makes
+    the encoding anew.
+    """
+
+    _kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def get_dense_pe(self) -> torch.Tensor:
+        """Give the positional encoding of the grid's cells, `(1, 256, h, w)`; not to be written to."""
+        matrix = self.pe_layer.get_buffer("positional_encoding_gaussian_matrix")
+        if matrix.device.type != "cpu" or pieces.traced():
+            return super().get_dense_pe()
+        if self._kept is None or not _is_same(self._kept[0], matrix):
+            # Fit for whatever comes later: for training, and in full precision.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                encoding = super().get_dense_pe().contiguous(memory_format=torch.channels_last)
+                self._kept = (matrix.clone(), encoding)
+        return self._kept[1]
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Say whether two tensors of the CPU have the same type and values."""
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
 def build_mask_decoder() -> PromptMaskDecoder:
     """Build SAM's mask decoder with its published sizes (segment_anything/build_sam.py)."""
     transformer = TwoWayTransformer(depth=2, embedding_dim=PROMPT_CHANNELS, mlp_dim=2048, num_heads=8)
+    for module in list(transformer.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, Attention):
+                setattr(module, name, FusedTokenAttention(part))
     return PromptMaskDecoder(
         transformer=transformer,
         transformer_dim=PROMPT_CHANNELS,
@@ -53,14 +128,14 @@ def build_mask_decoder() -> PromptMaskDecoder:
     )
 
 
-def build_prompt_encoder(*, grid_size: int, image_size: int) -> PromptEncoder:
+def build_prompt_encoder(*, grid_size: int, image_size: int) -> GridPromptEncoder:
     """Build SAM's prompt encoder with its published sizes (segment_anything/build_sam.py).
 
     Args:
         grid_size: side of the image embedding.
         image_size: side of the square image in pixels, the frame of the boxes.
     """
-    return PromptEncoder(
+    return GridPromptEncoder(
         embed_dim=PROMPT_CHANNELS,
         image_embedding_size=(grid_size, grid_size),
         input_image_size=(image_size, image_size),

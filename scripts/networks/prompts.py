@@ -1,4 +1,4 @@
-"""The named tuples that pass between the parts of the network."""
+"""What passes between the parts of the network: named tuples, one row a prompt."""
 
 from typing import NamedTuple
 
@@ -31,3 +31,21 @@ class MaskPrediction(NamedTuple):
     quality: torch.Tensor
     prompts: PromptEmbeddings
     teacher: PromptEmbeddings | None = None
+
+
+def images_of(images: torch.Tensor, prompts: slice, per_image: int) -> torch.Tensor:
+    """Give the image of each prompt, without a copy where they all have the same or each has its own.
+
+    Args:
+        images: `(B, ...)`.
+        prompts: which of the B x K prompts, image by image.
+        per_image: K.
+
+    Returns:
+        `(n, ...)` for n prompts; not to be written to.
+    """
+    if len(images) == 1:
+        return images.expand(prompts.stop - prompts.start, *images.shape[1:])
+    if per_image == 1:
+        return images[prompts]
+    return images[torch.arange(prompts.start, prompts.stop, device=images.device) // per_image]

@@ -8,6 +8,7 @@ from segment_anything.modeling import PromptEncoder
 from torch import nn
 
 from scripts.errors import ConfigError, InputError
+from scripts.networks import pieces
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.mask_decoding import build_prompt_encoder
 from scripts.networks.prompts import MaskPrediction
@@ -111,6 +112,37 @@ def test_images_with_several_prompts_each_are_the_same_one_by_one(network, gener
             torch.testing.assert_close(together.quality[i, k], alone.quality[0, 0], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(together.teacher.sparse[2 * i + k], alone.teacher.sparse[0])
     assert (together.logits[0, 0] - together.logits[1, 1]).abs().max() > 1e-3  # class 1 in two images
+
+
+@pytest.mark.parametrize("piece", [1, 2**20])
+@pytest.mark.parametrize(("images", "prompts"), [(1, 1), (1, 13), (2, 13), (3, 1)])
+def test_classes_of_an_image_are_as_of_images_of_their_own(network, images, prompts, piece, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    ids = torch.randint(1, 19, (images, prompts), generator=generator)
+    with torch.no_grad():
+        embedding = network.encode_image(pictures(generator, images))
+        repeated = embedding.repeat_interleave(prompts, dim=0)
+        for noise in (None, noise_for(network, generator, images, prompts)):
+            made = network.encode_classes(embedding, ids, noise=noise)
+            own_noise = None if noise is None else noise.flatten(0, 1).unsqueeze(1)
+            own = network.encode_classes(repeated, ids.reshape(-1, 1), noise=own_noise)
+            for first, second in zip(made, own, strict=True):
+                assert (first - second).abs().max() <= 1e-5 * second.abs().max()
+            logits, quality = network.decode(embedding, made)
+            own_logits, own_quality = network.decode(repeated, own)
+            torch.testing.assert_close(logits.flatten(0, 1), own_logits[:, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(quality.flatten(), own_quality[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["compact", "lite_medsam", "sam_vit_b"])
+def test_with_and_without_gradients_the_answer_is_the_same(encoder, generator):
+    network = small(image_encoder=encoder).eval()
+    images, ids = pictures(generator, 2), torch.tensor([[1, 2, 4], [4, 4, 1]])
+    with torch.no_grad():
+        plain = network(images, ids)
+    assert_same(network(images, ids), plain)
+    with torch.inference_mode():
+        assert_same(network(images, ids), plain)
 
 
 def test_the_class_decides_the_mask(network, generator):

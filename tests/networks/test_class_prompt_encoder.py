@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.errors import ConfigError
+from scripts.networks import pieces
 from scripts.networks.class_prompt_encoder import ClassPromptEncoder, TwoBranchUNet
 
 CHANNELS = (8, 16, 32)
@@ -153,6 +155,100 @@ def test_every_parameter_learns(preset, generator):
         assert parameter.grad.abs().sum() > 0, name
 
 
+# Several classes of one image.
+
+
+def unshared(
+    encoder: ClassPromptEncoder, embedding: torch.Tensor, class_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dense and sparse maps without noise, each class on its own copy of the image and in full (Eqs. 2 to 12)."""
+    images = embedding.repeat_interleave(len(class_ids) // len(embedding), dim=0)
+    projected = encoder.project(class_ids)
+    if encoder.preset == "paper":
+        return encoder.unet(images + projected, projected)
+    diffused = torch.cat((images + encoder.diffusion_steps * projected, projected), dim=1)
+    return encoder.unet(diffused, class_ids.float().reshape(-1, 1, 1, 1).expand_as(projected))
+
+
+@pytest.mark.parametrize("piece", [1, 10_000, 2**20])
+@pytest.mark.parametrize("steps", [1, 100])
+@pytest.mark.parametrize(("images", "classes"), [(1, 1), (1, 13), (3, 1), (2, 5)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_classes_share_their_image_and_give_the_same(preset, images, classes, steps, piece, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    encoder, embedding = small(preset, steps=steps), embeddings(generator, images)
+    ids = torch.randint(1, 19, (images * classes,), generator=generator)
+    with torch.no_grad():
+        prompts = encoder(embedding, ids)
+        dense, sparse = unshared(encoder, embedding, ids)
+    assert prompts.dense.shape == (images * classes, 256, GRID, GRID)
+    assert (prompts.dense - dense).abs().max() <= 1e-5 * dense.abs().max()
+    halves = torch.stack(
+        (sparse[:, :, : GRID // 2].mean(dim=(2, 3)), sparse[:, :, GRID // 2 :].mean(dim=(2, 3))), dim=1
+    )
+    assert (prompts.sparse - halves).abs().max() <= 1e-5 * halves.abs().max()
+
+
+@pytest.mark.parametrize("grid_size", [1, 2, 7])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_shared_convolution_leaves_nothing_out_at_the_border(preset, grid_size, generator):
+    encoder = small(preset, grid_size=grid_size, steps=3)
+    embedding, ids = embeddings(generator, 1, grid_size), torch.tensor([2, 17])
+    seen = record(encoder.unet.enc1)
+    unshared(encoder, embedding, ids)
+    expected = seen[1]
+    class_map = encoder.project(ids)
+    repeats = 1 if preset == "paper" else 3
+    shared = encoder.unet.share(embedding)
+    first = encoder.unet.complete(shared, class_map, repeats=repeats)
+    assert first.shape == expected.shape
+    assert (first - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sharing_has_the_same_gradients(preset, generator):
+    encoder = small(preset, steps=3).requires_grad_(True)
+    ids, weights = torch.tensor([1, 4, 2, 2, 5, 3]), embeddings(generator, 6)
+    embedding = embeddings(generator, 2).requires_grad_(True)
+    leaves = [embedding, *encoder.parameters()]
+    names = ["embedding", *(name for name, _ in encoder.named_parameters())]
+    dense, sparse = unshared(encoder, embedding, ids)
+    tokens = encoder.token_pool(sparse).flatten(2).transpose(1, 2)
+    expected = torch.autograd.grad((dense * weights).sum() + tokens.sum(), leaves)
+    prompts = encoder(embedding, ids)
+    found = torch.autograd.grad((prompts.dense * weights).sum() + prompts.sparse.sum(), leaves)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
+
+
+@pytest.mark.parametrize("piece", [1, 10_000])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_noise_is_that_of_its_row(preset, piece, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    encoder, embedding = small(preset, steps=3), embeddings(generator, 2)
+    ids, timestep = torch.tensor([1, 4, 2, 2, 5, 3]), torch.tensor([1, 2, 3, 3, 2, 1])
+    noise = embeddings(generator, 6)
+    with torch.no_grad():
+        together = encoder(embedding, ids, noise, timestep)
+        for i in range(6):
+            row, image = slice(i, i + 1), embedding[i // 3 : i // 3 + 1]
+            alone = encoder(image, ids[row], noise[row], timestep[row])
+            torch.testing.assert_close(together.dense[row], alone.dense, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together.sparse[row], alone.sparse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_first_convolution_runs_once_for_all_classes_of_an_image(preset, generator):
+    encoder, embedding = small(preset), embeddings(generator, 1)
+    operations = []
+    for classes in (1, 13):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(embedding, torch.arange(1, 1 + classes))
+        operations.append(counter.get_total_flops())
+    convolution = 2 * 256 * 9 * CHANNELS[0] * GRID**2
+    assert operations[1] == 13 * operations[0] - 12 * convolution
+
+
 # The class, projected.
 
 
@@ -251,7 +347,7 @@ def test_the_noise_is_the_callers(preset, generator):
     noise = embeddings(generator, 1)
     without, again = encoder(embedding, ids), encoder(embedding, ids)
     assert torch.equal(without.dense, again.dense)
-    assert torch.equal(without.dense, encoder(embedding, ids, torch.zeros_like(noise)).dense)
+    torch.testing.assert_close(without.dense, encoder(embedding, ids, torch.zeros_like(noise)).dense)
     noisy = encoder(embedding, ids, noise)
     assert torch.equal(noisy.dense, encoder(embedding, ids, noise).dense)
     assert (noisy.dense - without.dense).abs().max() > 0.01 * without.dense.max()

@@ -1,9 +1,12 @@
 """The mask decoder for prompts of many images, against segment_anything's own, one image and one prompt at a time."""
 
+import copy
+
 import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
+from scripts.networks import pieces
 from scripts.networks.mask_decoding import PromptMaskDecoder, build_mask_decoder, build_prompt_encoder
 from scripts.networks.prompts import PromptEmbeddings
 
@@ -96,6 +99,45 @@ def test_a_batch_gives_what_its_rows_give_alone(decoder, generator):
         torch.testing.assert_close(quality[row], alone[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("piece", [1, 5000, 2**20])
+@pytest.mark.parametrize(("images", "per_image"), [(1, 1), (1, 13), (2, 3), (4, 1)])
+def test_an_image_is_given_once_for_all_its_prompts(decoder, sam, images, per_image, piece, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    embedding = torch.randn((images, 256, GRID, GRID), generator=generator)
+    prompts = random_prompts(generator, images * per_image)
+    repeated = embedding.repeat_interleave(per_image, dim=0)
+    with torch.no_grad():
+        logits, quality = decoder(embedding, positions(), prompts)
+        expected_logits, expected_quality = one_by_one(sam, repeated, prompts)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quality, expected_quality, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_sams_own_decoder(decoder, sam, generator):
+    image = torch.randn((1, 256, GRID, GRID), generator=generator)
+    prompts = random_prompts(generator, 3)
+    weights = torch.randn((3, 4 * GRID, 4 * GRID), generator=generator)
+    found = []
+    for network in (decoder, sam):
+        own = copy.deepcopy(network).requires_grad_(True)
+        leaves = [value.clone().requires_grad_(True) for value in (image, *prompts)]
+        if network is decoder:
+            logits, quality = own(leaves[0], positions(), PromptEmbeddings(*leaves[1:]))
+        else:
+            masks, qualities = own(leaves[0], positions(), *leaves[1:], multimask_output=False)
+            logits, quality = masks[:, 0], qualities[:, 0]
+        ((logits * weights).sum() + quality.sum()).backward()
+        gradients = {name: parameter.grad for name, parameter in own.named_parameters()}
+        found.append({**gradients, **{str(i): leaf.grad for i, leaf in enumerate(leaves)}})
+    ours, theirs = found
+    largest = max(value.abs().max() for value in theirs.values() if value is not None)
+    for name, expected in theirs.items():
+        if ours[name] is None:  # of the masks that are not asked for
+            assert expected is None or not expected.any(), name
+        else:
+            assert (ours[name] - expected).abs().max() <= 1e-5 * largest, name
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_any_number_of_tokens(decoder, sam, tokens, generator):
     images = torch.randn((2, 256, GRID, GRID), generator=generator)
@@ -135,3 +177,66 @@ def test_the_prompt_encoder_knows_the_frame_of_the_boxes():
     encoder = build_prompt_encoder(grid_size=4, image_size=96)
     assert encoder.input_image_size == (96, 96)
     assert encoder.get_dense_pe().shape == (1, 256, 4, 4)
+
+
+# The positional encoding, kept.
+
+
+def fresh_encoding(encoder: PromptEncoder, grid: int = GRID) -> torch.Tensor:
+    """By segment_anything's own class, with the same matrix."""
+    own = PromptEncoder(256, (grid, grid), (64, 64), 16)
+    own.pe_layer.positional_encoding_gaussian_matrix = encoder.pe_layer.positional_encoding_gaussian_matrix.clone()
+    return own.get_dense_pe()
+
+
+def test_the_positional_encoding_is_sams_and_made_once():
+    encoder = build_prompt_encoder(grid_size=GRID, image_size=64)
+    first = encoder.get_dense_pe()
+    torch.testing.assert_close(first, fresh_encoding(encoder))
+    assert encoder.get_dense_pe() is first
+    assert "kept" not in " ".join(encoder.state_dict())
+
+
+def test_the_positional_encoding_follows_its_matrix():
+    encoder = build_prompt_encoder(grid_size=GRID, image_size=64).eval()
+    other = build_prompt_encoder(grid_size=GRID, image_size=64)
+
+    def check() -> None:
+        torch.testing.assert_close(encoder.get_dense_pe(), fresh_encoding(encoder))
+
+    check()
+    before = encoder.get_dense_pe()
+    encoder.load_state_dict(other.state_dict())
+    check()
+    assert not torch.allclose(before, encoder.get_dense_pe())
+    encoder.pe_layer.positional_encoding_gaussian_matrix.data.mul_(0.5)  # what no version counter shows
+    check()
+    encoder.load_state_dict(build_prompt_encoder(grid_size=GRID, image_size=64).state_dict(), assign=True)
+    check()
+    copied = copy.deepcopy(encoder)
+    copied.load_state_dict(other.state_dict())
+    torch.testing.assert_close(copied.get_dense_pe(), other.get_dense_pe())
+    check()
+
+
+def test_an_encoding_made_in_inference_is_fit_for_training(decoder, generator):
+    encoder = build_prompt_encoder(grid_size=GRID, image_size=64)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        made = encoder.get_dense_pe()
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(encoder.get_dense_pe(), fresh_encoding(encoder))
+    assert encoder.get_dense_pe() is made
+    learning = copy.deepcopy(decoder).requires_grad_(True)
+    logits, _ = learning(torch.randn((1, 256, GRID, GRID), generator=generator), made, random_prompts(generator, 2))
+    logits.sum().backward()
+    assert learning.transformer.layers[0].cross_attn_token_to_image.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_another_device_has_its_own_encoding():
+    encoder = build_prompt_encoder(grid_size=GRID, image_size=64)
+    kept = encoder.get_dense_pe()
+    encoder.to("meta")
+    assert encoder.get_dense_pe().device.type == "meta"
+    encoder.to_empty(device="cpu").load_state_dict(build_prompt_encoder(grid_size=GRID, image_size=64).state_dict())
+    assert not torch.allclose(encoder.get_dense_pe(), kept)
+    torch.testing.assert_close(encoder.get_dense_pe(), fresh_encoding(encoder))

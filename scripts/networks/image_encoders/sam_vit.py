@@ -2,16 +2,21 @@
 
 Source of the constants: `build_sam.py` of https://github.com/facebookresearch/segment-anything; Kirillov et al.,
 Segment Anything, arXiv 2304.02643. MedSAM's published weights are a ViT-B.
+
+Only the attention is computed in another way, with the same result: see `FusedAttention`.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import nn
 
 from scripts.errors import ConfigError
+from scripts.networks import pieces
 from scripts.networks.image_encoders.square_input import require_square
 
 PUBLISHED_SIZE = 1024  # pixels
@@ -19,6 +24,10 @@ PATCH_SIZE = 16  # pixels
 EMBEDDING_CHANNELS = 256
 WINDOW_SIZE = 14  # tokens, in the blocks without global attention
 NORM_EPSILON = 1e-6
+# Of the attention's biases held at a time. A CPU's kernel takes 64 queries at a time, against up to 4096 keys: so many
+# are two such blocks for each thread, and stay in the cache. An accelerator is bound by its memory alone.
+BIASES_PER_THREAD = 2**19
+BIASES_ON_ACCELERATOR = 2**28
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,85 @@ VIT_SIZES = {
     "l": VitSize(1024, 24, 16, (5, 11, 17, 23)),
     "h": VitSize(1280, 32, 16, (7, 15, 23, 31)),
 }
+
+
+class FusedAttention(nn.Module):
+    """segment_anything's attention through PyTorch's scaled-dot-product attention.
+
+    The bias of a query and a key is the query's product with a vector for their offset in rows, plus that with one for
+    their offset in columns (Li et al., MViTv2, arXiv 2112.01526, Eq. 4). In full it is as large as the scores, 0.8 GB
+    in a global block of ViT-B: it is made for a few heads and rows of queries at a time. Nothing is kept from one pass
+    to the next.
+
+    Args:
+        published: the attention whose parameters it takes over, under their names.
+    """
+
+    def __init__(self, published: Attention) -> None:
+        super().__init__()
+        self.num_heads: int = published.num_heads
+        self.rel_pos_h: torch.Tensor = published.rel_pos_h
+        self.rel_pos_w: torch.Tensor = published.rel_pos_w
+        self.qkv = published.qkv
+        self.proj = published.proj
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens `(B, h, w, channels)` to the same shape."""
+        count, height, width, channels = tokens.shape
+        projected = self.qkv(tokens).reshape(count, height * width, 3, self.num_heads, -1)
+        # (B, L, 3, heads, width of a head) -> three times (B heads, L, width of a head)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        mixed = _attend_in_shares(query, key, value, *self._biases(query, (height, width)))
+        mixed = mixed.reshape(count, self.num_heads, height * width, -1).transpose(1, 2)  # (B, L, heads, ...)
+        return self.proj(mixed.reshape(count, height, width, channels))
+
+    def _biases(self, query: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give each query's bias to each row `(N, h, w, h)` and to each column `(N, h, w, w)` of keys."""
+        height, width = grid
+        places = query.unflatten(1, grid)  # (N, h, w, width of a head)
+        rows = torch.einsum("nhwc,hkc->nhwk", places, get_rel_pos(height, height, self.rel_pos_h))
+        columns = torch.einsum("nhwc,wkc->nhwk", places, get_rel_pos(width, width, self.rel_pos_w))
+        return rows.contiguous(), columns.contiguous()  # or their sums would be strided, and slow
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Attend from some queries `(N, n w, width)` to all keys, with biases `(N, n, w, h)` and `(N, n, w, w)`."""
+    bias = rows.unsqueeze(-1) + columns.unsqueeze(-2)  # (N, n, w, h, w)
+    bias = bias.reshape(*query.shape[:2], -1)  # (N, n w, h w)
+    # With four axes, as on a CPU the fast kernel asks for.
+    mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=bias[None])
+    return mixed[0]
+
+
+def _attend_in_shares(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Attend among tokens `(N, h w, width)` with biases `(N, h, w, h)` and `(N, h, w, w)`, never all at a time."""
+    if pieces.traced():
+        return _attend(query, key, value, rows, columns)
+    height, width = rows.shape[1:3]
+    heads, lines = _share(query.device, height, width)
+    groups = zip(*(values.split(heads) for values in (query, key, value, rows, columns)), strict=True)
+    mixed = []
+    for queries, keys, values, row_biases, column_biases in groups:
+        bands = zip(
+            queries.split(lines * width, dim=1),
+            row_biases.split(lines, dim=1),
+            column_biases.split(lines, dim=1),
+            strict=True,
+        )
+        mixed.append(torch.cat([_attend(band, keys, values, *biases) for band, *biases in bands], dim=1))
+    return torch.cat(mixed)
+
+
+def _share(device: torch.device, height: int, width: int) -> tuple[int, int]:
+    """Say how many heads, and how many of their rows of queries, to take at a time."""
+    held = max(2, torch.get_num_threads()) * BIASES_PER_THREAD if device.type == "cpu" else BIASES_ON_ACCELERATOR
+    of_a_row = height * width**2
+    lines = min(height, max(1, held // of_a_row))
+    return max(1, held // (lines * of_a_row)), lines
 
 
 class SamVit(ImageEncoderViT):
@@ -74,6 +162,8 @@ class SamVit(ImageEncoderViT):
             window_size=WINDOW_SIZE,
             global_attn_indexes=size.global_blocks,
         )
+        for block in self.blocks:
+            block.attn = FusedAttention(block.attn)
         self.image_size = image_size
         self.grid_size = image_size // PATCH_SIZE
 

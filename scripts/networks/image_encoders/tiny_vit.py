@@ -14,6 +14,7 @@ from segment_anything.modeling.image_encoder import window_partition, window_unp
 from torch import nn
 
 from scripts.errors import ConfigError
+from scripts.networks import pieces
 from scripts.networks.image_encoders.square_input import require_square
 
 EMBEDDING_CHANNELS = 256
@@ -29,6 +30,10 @@ IMAGENET_CLASSES = 1000
 class ConvNorm(nn.Sequential):
     """A convolution without bias and its batch normalisation, under the published names `c` and `bn`.
 
+    Outside training the normalisation is linear and is folded into the convolution, anew in each pass: that costs as
+    much as the few weights, and nothing can go stale. `torch.nn.utils.fusion` gives the same values, but cuts them off
+    from the gradient.
+
     Args:
         in_channels: width of the input.
         out_channels: width of the output.
@@ -36,6 +41,9 @@ class ConvNorm(nn.Sequential):
         stride: step in both axes.
         groups: groups of the convolution.
     """
+
+    c: nn.Conv2d
+    bn: nn.BatchNorm2d
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int = 1, *, stride: int = 1, groups: int = 1
@@ -46,6 +54,20 @@ class ConvNorm(nn.Sequential):
         )
         self.add_module("c", convolution)
         self.add_module("bn", nn.BatchNorm2d(out_channels))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, in_channels, h, w)` to `(B, out_channels, h / stride, w / stride)`."""
+        if self.bn.training:
+            return super().forward(features)
+        weight, bias = self.folded()
+        stride, padding = self.c.stride[0], self.c.kernel_size[0] // 2
+        return F.conv2d(features, weight, bias, stride, padding, groups=self.c.groups)
+
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the kernel and the bias of the one convolution that both are outside training."""
+        mean, variance = self.bn.get_buffer("running_mean"), self.bn.get_buffer("running_var")
+        scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
+        return self.c.weight * scale.reshape(-1, 1, 1, 1), self.bn.bias - mean * scale
 
 
 class PatchEmbedding(nn.Module):
@@ -70,7 +92,50 @@ class PatchEmbedding(nn.Module):
         return self.seq(image)
 
 
-class InvertedBottleneck(nn.Module):
+class SeparableConvolutions(nn.Module):
+    """Change the width pixel by pixel, filter each channel in 3x3, change the width again.
+
+    Args:
+        in_channels: width of the input.
+        hidden: width in the middle.
+        out_channels: width of the output.
+        stride: step of the filter in both axes, 1 or 2.
+    """
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_channels, hidden)
+        self.conv2 = ConvNorm(hidden, hidden, 3, stride=stride, groups=hidden)
+        self.conv3 = ConvNorm(hidden, out_channels)
+        self.stride = stride
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(B, in_channels, h, w)` to `(B, out_channels, h / stride, w / stride)`."""
+        if self.training or not pieces.pays(features):
+            return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(features)))))
+        bands = [self._bands(image) for image in features.split(1)]
+        return torch.cat(bands)
+
+    def _bands(self, image: torch.Tensor) -> torch.Tensor:
+        """Take a few rows of `(1, in_channels, h, w)` at a time, with those beside them that the filter sees."""
+        height, width = image.shape[2:]
+        (widen, wide_bias), (kernel, kernel_bias), (narrow, narrow_bias) = (
+            convolution.folded() for convolution in (self.conv1, self.conv2, self.conv3)
+        )
+        rows = max(1, pieces.rows_at_once(widen.shape[0] * width) // self.stride)  # of the output
+        bands = []
+        for first in range(0, (height - 1) // self.stride + 1, rows):
+            top = max(self.stride * (first - 1), 0)
+            seen = image[:, :, top : self.stride * (first + rows - 1) + 2]
+            hidden = F.gelu(F.conv2d(seen, widen, wide_bias))
+            hidden = F.conv2d(hidden, kernel, kernel_bias, self.stride, 1, groups=kernel.shape[0])
+            above = first - top // self.stride  # rows of the band before
+            hidden = F.gelu(hidden[:, :, above : above + rows])
+            bands.append(F.conv2d(hidden, narrow, narrow_bias))
+        return torch.cat(bands, dim=2)
+
+
+class InvertedBottleneck(SeparableConvolutions):
     """Widen, filter each channel in 3x3, narrow again, around an identity (MBConv).
 
     Args:
@@ -78,20 +143,14 @@ class InvertedBottleneck(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = channels * EXPANSION
-        self.conv1 = ConvNorm(channels, hidden)
-        self.conv2 = ConvNorm(hidden, hidden, 3, groups=hidden)
-        self.conv3 = ConvNorm(hidden, channels)
+        super().__init__(channels, channels * EXPANSION, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map `(B, channels, h, w)` to the same shape."""
-        hidden = F.gelu(self.conv1(features))
-        hidden = F.gelu(self.conv2(hidden))
-        return F.gelu(features + self.conv3(hidden))
+        return F.gelu(features + super().forward(features))
 
 
-class Downsampling(nn.Module):
+class Downsampling(SeparableConvolutions):
     """Change the width and, at stride 2, halve the resolution between two stages.
 
     Args:
@@ -101,16 +160,7 @@ class Downsampling(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
-        super().__init__()
-        self.conv1 = ConvNorm(in_channels, out_channels)
-        self.conv2 = ConvNorm(out_channels, out_channels, 3, stride=stride, groups=out_channels)
-        self.conv3 = ConvNorm(out_channels, out_channels)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map `(B, in_channels, h, w)` to `(B, out_channels, h / stride, w / stride)`."""
-        features = F.gelu(self.conv1(features))
-        features = F.gelu(self.conv2(features))
-        return self.conv3(features)
+        super().__init__(in_channels, out_channels, out_channels, stride=stride)
 
 
 def offset_indices(window: int) -> torch.Tensor:
@@ -163,7 +213,8 @@ class WindowAttention(nn.Module):
         projected = projected.reshape(count, length, self.heads, -1).transpose(1, 2)
         query, key, value = projected.chunk(3, dim=-1)
         bias = self.attention_biases[:, self.attention_bias_idxs].to(query.dtype)  # (heads, L, L)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        # With four axes, as on a CPU the fast kernel asks for.
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0))
         return self.proj(mixed.transpose(1, 2).reshape(count, length, channels))
 
 
@@ -181,6 +232,10 @@ class Perceptron(nn.Module):
         self.fc2 = nn.Linear(channels * EXPANSION, channels)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map `(..., channels)` to the same shape."""
+        return pieces.row_by_row(self._transform, tokens, width=self.fc1.out_features)
+
+    def _transform(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map `(..., channels)` to the same shape."""
         return self.fc2(F.gelu(self.fc1(self.norm(tokens))))
 
@@ -305,7 +360,9 @@ class TinyViT(nn.Module):
             InputError: an image of another shape.
         """
         require_square(image, self.image_size)
-        return self.neck(self.layers(self.patch_embed(image)))
+        # The attention takes the channels last; so all that lies between needs no copy either.
+        features = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        return self.neck(self.layers(features))
 
 
 def lite_medsam_encoder(*, image_size: int = 256) -> TinyViT:

@@ -8,9 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scripts.errors import ConfigError, InputError
+from scripts.networks import pieces
 from scripts.networks.image_encoders.tiny_vit import (
+    ConvNorm,
+    Perceptron,
+    SeparableConvolutions,
     TinyViT,
     WindowAttention,
     lite_medsam_encoder,
@@ -106,6 +112,137 @@ def test_attention_is_softmax_of_scaled_products_plus_bias(generator):
         bias = attention.attention_biases[head][attention.attention_bias_idxs]
         mixed.append((query @ key.transpose(1, 2) / 2.0 + bias).softmax(dim=-1) @ value)  # 2 = sqrt(4 channels)
     torch.testing.assert_close(attention(tokens), attention.proj(torch.cat(mixed, dim=-1)), rtol=1e-4, atol=1e-4)
+
+
+# Batch normalisation, folded outside training.
+
+
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill parameters and statistics with values as far from their beginnings as trained ones are."""
+    with torch.no_grad():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if name.endswith("running_var"):
+                value.uniform_(0.2, 3.0, generator=generator)
+            elif value.is_floating_point():
+                value.normal_(0.0, 0.5, generator=generator)
+
+
+def random_layer(generator: torch.Generator, **settings) -> ConvNorm:
+    layer = ConvNorm(4, 6 if settings.get("groups", 1) == 1 else 8, **settings)
+    randomise(layer, generator)
+    return layer
+
+
+LAYERS = [{}, {"kernel": 3}, {"kernel": 3, "stride": 2}, {"kernel": 3, "groups": 4}]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("settings", LAYERS)
+def test_outside_training_the_normalisation_is_part_of_the_convolution(settings, count, generator):
+    layer = random_layer(generator, **settings).eval()
+    features = torch.randn(count, 4, 5, 8, generator=generator)
+    fused = fuse_conv_bn_eval(layer.c, layer.bn)
+    weight, bias = layer.folded()
+    torch.testing.assert_close(weight, fused.weight)
+    torch.testing.assert_close(bias, fused.bias)
+    torch.testing.assert_close(layer(features), fused(features), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(features), layer.bn(layer.c(features)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", LAYERS)
+def test_the_gradient_passes_through_the_folded_layer(settings, generator):
+    layer = random_layer(generator, **settings).eval()
+    features = torch.randn(2, 4, 5, 8, generator=generator)
+    own, plain = layer(features), layer.bn(layer.c(features))
+    weights = torch.randn(own.shape, generator=generator)
+    parameters = list(layer.parameters())
+    assert len(parameters) == 3
+    expected = torch.autograd.grad((plain * weights).sum(), parameters)
+    found = torch.autograd.grad((own * weights).sum(), parameters)
+    for name, ours, theirs in zip(("weight", "scale", "shift"), found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_in_training_the_batch_decides(generator):
+    layer, features = random_layer(generator).train(), 5 + torch.randn(2, 4, 5, 8, generator=generator)
+    before = layer.bn.running_mean.clone()
+    expected = nn.functional.batch_norm(
+        layer.c(features), None, None, layer.bn.weight, layer.bn.bias, training=True, eps=layer.bn.eps
+    )
+    torch.testing.assert_close(layer(features), expected)
+    assert not torch.equal(layer.bn.running_mean, before)
+
+
+def test_a_normalisation_kept_in_eval_alone_is_folded(generator):
+    layer, features = random_layer(generator).train(), torch.randn(2, 4, 5, 8, generator=generator)
+    layer.bn.eval()
+    before = layer.bn.running_mean.clone()
+    torch.testing.assert_close(layer(features), fuse_conv_bn_eval(layer.c.eval(), layer.bn)(features))
+    assert torch.equal(layer.bn.running_mean, before)
+
+
+@torch.no_grad()
+def test_nothing_folded_goes_stale(generator):
+    layer, features = random_layer(generator).eval(), torch.randn(2, 4, 5, 8, generator=generator)
+
+    def check() -> None:
+        torch.testing.assert_close(layer(features), layer.bn(layer.c(features)), rtol=1e-4, atol=1e-5)
+
+    check()
+    layer.load_state_dict(random_layer(generator).state_dict())
+    check()
+    layer.train()(features + 9)  # moves the statistics
+    layer.eval()
+    check()
+    for value in (layer.c.weight, layer.bn.weight, layer.bn.bias, layer.bn.running_mean, layer.bn.running_var):
+        value.data.mul_(1.7)
+        check()
+    layer.load_state_dict(random_layer(generator).state_dict(), assign=True)
+    check()
+
+
+# In pieces.
+
+PIECES = [1, 300, 1000, 10**9]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 1, 5), (3, 3, 9, 4), (1, 3, 16, 3), (2, 3, 7, 1)])
+def test_convolutions_in_bands_are_those_of_the_whole(shape, stride, piece, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    module = SeparableConvolutions(3, 12, 5, stride=stride).eval()
+    randomise(module, generator)
+    features = torch.randn(shape, generator=generator)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        features = features.contiguous(memory_format=memory_format)
+        whole = module(features)
+        assert whole.requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(module(features), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_the_perceptron_in_pieces_is_that_of_all_tokens(piece, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    perceptron = Perceptron(8)
+    tokens = torch.randn(2, 3, 7, 8, generator=generator)
+    with torch.no_grad():
+        found = perceptron(tokens)
+    torch.testing.assert_close(found, perceptron(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("piece", [1, 20_000])
+@both
+def test_the_encoder_in_pieces_is_the_encoder(build, piece, count, generator, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_VALUES", piece)
+    encoder = small(build)
+    image = torch.rand(count, 3, 48, 48, generator=generator)
+    whole = encoder(image)
+    with torch.no_grad():
+        found = encoder(image)
+    assert (found - whole).abs().max() <= 1e-4 * whole.abs().max()
 
 
 @both
