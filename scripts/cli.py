@@ -92,6 +92,33 @@ def train(
     return f"the best network is {folder / 'model.pt'}; its way there is in epochs.csv and losses.csv"
 
 
+def embed(
+    datalist: str | Sequence[str],
+    *,
+    checkpoint: str | None = None,
+    embeddings: str = "runs/embeddings",
+    config: str | Sequence[str] = (),
+    **overrides: Any,
+) -> str:
+    """Store what the frozen image encoder says of the training slices, so that no training has to ask it again.
+
+    Args:
+        datalist: JSON file with the section training, or several, separated by commas.
+        checkpoint: a model.pt with its model.json, or a published weights file of the network in `config`; the bundle's
+            own model if none is given.
+        embeddings: folder of the store; give it to train as --embeddings_dir.
+        config: overlays over configs/train.json, separated by commas.
+        overrides: further settings of configs/train.json, such as augmented_versions.
+    """
+    settings = {**_of_datalist(datalist), "embeddings_dir": str(_writable(embeddings))}
+    settings |= {"pretrained": str(SHIPPED_MODEL if checkpoint is None else Path(checkpoint).absolute())}
+    if "class_ids" not in overrides:
+        settings["class_ids"] = _annotated_ids(settings["datalist"], {**settings, **overrides}["dataset_dir"])
+    workflow = run_configs(["train.json", *find_overlays(config), "embed.yaml"], {**settings, **overrides})
+    stored = workflow.parser.get_parsed_content("train#dataset").embeddings
+    return f"the embeddings are in {stored.store.folder}; train with --embeddings_dir {settings['embeddings_dir']}"
+
+
 def evaluate(
     datalist: str | Sequence[str],
     *,
@@ -297,7 +324,9 @@ def demo(*, output: str = "runs/demo") -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; errors that a user can mend become one line and exit code 1."""
     _quieten()
-    verbs = {verb.__name__: later(verb) for verb in (infer, train, evaluate, prepare, phantoms, classes, half, demo)}
+    verbs = {
+        verb.__name__: later(verb) for verb in (infer, train, evaluate, embed, prepare, phantoms, classes, half, demo)
+    }
     words = sys.argv[1:] if arguments is None else arguments
     try:
         fire.Fire(verbs, command=for_fire(words, verbs), name="automedsam", serialize=perform)

@@ -24,6 +24,10 @@ class CheckpointError(AutoMedSAMError):
     """Weights that are missing, unreadable or of another architecture."""
 
 
+class StoreError(AutoMedSAMError):
+    """Stored embeddings that are missing, damaged or cannot be stored."""
+
+
 class OutputError(AutoMedSAMError):
     """A place that cannot be written to."""
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from scripts.errors import OutputError
 
+TEMPORARY_PREFIX = ".partial-"
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -28,7 +30,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the block, or the final rename, met an ``OSError``; so let the block do nothing but write.
     """
     target = Path(path)
-    temporary = target.with_name(f".partial-{uuid.uuid4().hex}{''.join(target.suffixes[-2:])}")
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{''.join(target.suffixes[-2:])}")
     try:
         yield temporary
         os.replace(temporary, target)

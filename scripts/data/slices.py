@@ -16,6 +16,7 @@ from monai.transforms import Compose, MapTransform
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
+from scripts.data.embeddings import SliceEmbeddings
 from scripts.data.fitting import fit_masks_to_square, fitted_shape, network_slices
 from scripts.data.vocabulary import Vocabulary
 from scripts.errors import ConfigError, InputError, PromptError
@@ -23,6 +24,7 @@ from scripts.losses.shape_distance import DistanceMap, distance_map
 
 logger = logging.getLogger(__name__)
 LARGEST_SEED = 2**31 - 1
+_OF_VERSIONS = 2**31  # keeps the draws of fixed versions apart from those of epochs
 Orientation = Literal["none", "mirror", "all"]
 
 
@@ -196,7 +198,9 @@ class PromptedSlices(Dataset):
             `class_ids` has one; all others are about annotated classes.
         orientations: modality -> "none", "mirror" (left to right) or "all" (the eight rotations and mirrorings); none
             where it says nothing. In a mirrored image lateral partners exchange their names.
-        augment: False switches `augmentation` and `orientations` off, as for embeddings that were computed before.
+        augment: False switches `augmentation` and `orientations` off.
+        versions: 0 augments a slice anew each time that it is drawn; n gives it n fixed versions, the slice as it is
+            and n - 1 augmented ones, of which each draw takes one, as for embeddings that are computed before.
         distance_form: the distance map of the Shape Distance loss.
         seed: of everything random in here.
         progress: whether to show a bar while the cases are read.
@@ -225,6 +229,7 @@ class PromptedSlices(Dataset):
         impossible_share: float = 0.0,
         orientations: Mapping[str, Orientation] | None = None,
         augment: bool = True,
+        versions: int = 0,
         distance_form: DistanceMap = "soft",
         seed: int = 0,
         progress: bool = True,
@@ -250,6 +255,8 @@ class PromptedSlices(Dataset):
         self.impossible_share = impossible_share
         self.box_growth = box_growth
         self.augmentation = augmentation if augment else None
+        self.versions = versions
+        self.embeddings: SliceEmbeddings | None = None
         self.distance_form = distance_form
         self.seed = seed
         self.epoch = 0
@@ -270,29 +277,33 @@ class PromptedSlices(Dataset):
         Returns:
             `image` (3, S, S) float32 in [0, 1]; for each of K questions `class_id` (K,), `label` (K, S, S) in {0, 1},
             `present` (K,), `box` (K, 4) xyxy in pixels and `distance` (K, S, S); and `noise_seed`, from which the
-            question's diffusion noise is drawn.
+            question's diffusion noise is drawn. Where embeddings have been computed, `embedding` (256, h, w) float16
+            takes the place of `image`.
         """
         rng = np.random.default_rng([self.seed, self.epoch, index])
         number, place = self.places[index]
         case = self.cases[number]
-        mirrored, turns = draw_orientation(self.orientations[number], rng)
+        version = int(rng.integers(self.versions)) if self.versions else None
+        look = rng if version is None else self._look(index, version)
+        mirrored, turns = self._orientation(number, version, look)
         # Which channel of the label each class has: in a mirrored image that of its partner.
         channels = self.partners if mirrored else np.arange(len(self.class_ids))
         chosen = self._choose(index, channels, rng)
         image, masks = case["image"][place].float() / 255, case["label"][place][channels[chosen]]
         # Of a class that cannot be there, a label may still say something; it was not annotated.
         masks = masks * torch.as_tensor(self.askable[number][channels[chosen]]).reshape(-1, 1, 1)
-        if mirrored or turns:
-            content = case.get("content", image.shape[-2:])
-            image, masks = (
-                reoriented(layers, content=content, mirrored=mirrored, turns=turns) for layers in (image, masks)
-            )
-        image, masks = self._augmented(image, masks, rng)
+        image, masks = self._turned(image, masks, case, mirrored=mirrored, turns=turns)
+        image, masks = (image, masks) if version == 0 else self._augmented(image, masks, look)
         layers = masks.numpy()
         boxes = np.stack([grown_box(layer, growth=self.box_growth, rng=rng) for layer in layers])
         distances = np.stack([distance_map(layer, form=self.distance_form) for layer in layers])
+        seen = (
+            {"image": image.expand(3, -1, -1).contiguous()}
+            if self.embeddings is None
+            else {"embedding": self.embeddings.read(index, version or 0)}
+        )
         return {
-            "image": image.expand(3, -1, -1).contiguous(),
+            **seen,
             "label": masks.float(),
             "class_id": torch.as_tensor(self.class_ids[chosen]),
             "present": masks.bool().flatten(1).any(dim=1),
@@ -300,6 +311,38 @@ class PromptedSlices(Dataset):
             "distance": torch.as_tensor(distances),
             "noise_seed": torch.tensor(rng.integers(LARGEST_SEED)),
         }
+
+    def image(self, index: int, version: int) -> torch.Tensor:
+        """Give the pixels (3, S, S) in [0, 1] of a slice in one of its fixed versions, as `__getitem__` shows them."""
+        look = self._look(index, version)
+        number, place = self.places[index]
+        case = self.cases[number]
+        mirrored, turns = self._orientation(number, version, look)
+        image, nothing = case["image"][place].float() / 255, case["label"][place][:1]
+        image, nothing = self._turned(image, nothing, case, mirrored=mirrored, turns=turns)
+        image = image if version == 0 else self._augmented(image, nothing, look)[0]
+        return image.expand(3, -1, -1).contiguous()
+
+    def _orientation(self, number: int, version: int | None, look: np.random.Generator) -> tuple[bool, int]:
+        """Draw how a case's slice is laid; the first of fixed versions is as it is."""
+        return (False, 0) if version == 0 else draw_orientation(self.orientations[number], look)
+
+    def _look(self, index: int, version: int) -> np.random.Generator:
+        """Give the source of a version's orientation and augmentation, the same in every epoch."""
+        return np.random.default_rng([self.seed, _OF_VERSIONS, version, index])
+
+    @staticmethod
+    def _turned(
+        image: torch.Tensor, masks: torch.Tensor, case: Mapping[str, Any], *, mirrored: bool, turns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lay the content of image and masks as drawn."""
+        if not mirrored and not turns:
+            return image, masks
+        content = case.get("content", image.shape[-2:])
+        return (
+            reoriented(image, content=content, mirrored=mirrored, turns=turns),
+            reoriented(masks, content=content, mirrored=mirrored, turns=turns),
+        )
 
     def _require_questions(self, data: Sequence[Mapping[str, Any]]) -> None:
         """Refuse a case that tells about none of the classes, before any file is read."""

@@ -57,8 +57,8 @@ class PreparePromptBatch(PrepareBatch):
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, PromptTargets, tuple[()], dict[str, torch.Tensor]]:
-        """Return image, targets, no further positional arguments, and the network's keywords."""
+    ) -> tuple[torch.Tensor, PromptTargets, tuple[()], dict[str, Any]]:
+        """Return image or stored embedding, targets, no further positional arguments, and the network's keywords."""
         seeds, prompts = batchdata["noise_seed"], batchdata["class_id"].shape[1]
         arguments = {
             "class_ids": batchdata["class_id"],
@@ -71,8 +71,11 @@ class PreparePromptBatch(PrepareBatch):
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device=device, non_blocking=non_blocking)
 
-        moved = {name: move(value) for name, value in arguments.items()}
-        return move(batchdata["image"]).to(**kwargs), PromptTargets(*map(move, targets)), (), moved
+        moved: dict[str, Any] = {name: move(value) for name, value in arguments.items()}
+        seen = batchdata.get("image")
+        if seen is None:
+            seen, moved["embedded"] = batchdata["embedding"].float(), True
+        return move(seen).to(**kwargs), PromptTargets(*map(move, targets)), (), moved
 
 
 class PrepareCase(PrepareBatch):

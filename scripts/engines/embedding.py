@@ -1,0 +1,111 @@
+"""Encode once: what the frozen image encoder says of the training slices is stored before training begins."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+
+from scripts.data.embeddings import EmbeddingShape, EmbeddingStore, FillReport, SliceEmbeddings, encoder_key
+from scripts.data.slices import PromptedSlices
+from scripts.errors import ConfigError
+from scripts.networks.automedsam import AutoMedSAM
+from scripts.networks.class_prompt_encoder import EMBEDDING_CHANNELS
+
+logger = logging.getLogger(__name__)
+
+
+def open_store(network: AutoMedSAM, folder: str | Path) -> EmbeddingStore:
+    """Open the store of a network's image encoder with the weights that it has now.
+
+    Args:
+        network: with its weights loaded.
+        folder: of all stores.
+
+    Raises:
+        ConfigError: an encoder that learns, whose embeddings change with every step.
+        OutputError: the folder cannot be made.
+    """
+    if network.train_image_encoder:
+        raise ConfigError("embeddings can be stored of a frozen image encoder alone: train_image_encoder is true")
+    key = encoder_key(
+        network.image_encoder.state_dict(),
+        image_size=network.image_size,
+        pixel_normalisation=network.pixel_normalisation,
+    )
+    shape = EmbeddingShape(channels=EMBEDDING_CHANNELS, rows=network.grid_size, columns=network.grid_size)
+    return EmbeddingStore(folder, encoder=key, shape=shape)
+
+
+def encoder_of(network: AutoMedSAM, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Give the function from pixels `(n, 3, S, S)` on any device to embeddings, without gradient."""
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return network.encode_image(pixels.to(device))
+
+    return encode
+
+
+class StoreEmbeddings:
+    """Fill the store when the trainer starts, after the weights are in, and let the training slices read from it.
+
+    Args:
+        slices: the training slices; their `versions` are at least 1.
+        network: whose image encoder is frozen.
+        folder: of all stores.
+        batch_size: slices that go through the encoder together.
+        progress: whether to show a bar.
+    """
+
+    def __init__(
+        self,
+        slices: PromptedSlices,
+        network: AutoMedSAM,
+        *,
+        folder: str | Path,
+        batch_size: int = 8,
+        progress: bool = True,
+    ) -> None:
+        self.slices = slices
+        self.network = network
+        self.folder = folder
+        self.batch_size = batch_size
+        self.progress = progress
+
+    def attach(self, engine: Engine) -> None:
+        """Run at the start of the training."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Fill the store and switch the slices over."""
+        self.fill(torch.device(engine.state.device))  # type: ignore[attr-defined]
+
+    def fill(self, device: torch.device) -> FillReport:
+        """Encode what is missing; several processes share the work.
+
+        Raises:
+            ConfigError: an encoder that learns, or slices that are augmented anew each time.
+            OutputError: too little room on the disk.
+        """
+        if self.slices.versions < 1:
+            raise ConfigError(
+                "stored embeddings need slices with fixed versions; give PromptedSlices versions 1 or more"
+            )
+        stored = SliceEmbeddings(
+            open_store(self.network, self.folder),
+            self.slices,
+            encode=encoder_of(self.network, device),
+            batch_size=self.batch_size,
+        )
+        report = stored.fill(part=idist.get_rank(), parts=idist.get_world_size(), progress=self.progress)
+        idist.barrier()  # no process may read what another has not written yet
+        self.slices.embeddings = stored
+        if report.encoded:
+            logger.info(
+                "embedded %d slices in %.1f s, %.1f a second",
+                report.encoded, report.seconds, report.encoded / report.seconds,
+            )  # fmt: skip
+        return report
