@@ -1,7 +1,7 @@
 """From a whole case to the logits of every class asked for: each slice is encoded once for all its classes."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.engines.batches import diffusion_noise
+from scripts.engines.runtimes import OpenVinoNetwork, choose_runtime
+from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 
 ABSENT_LOGIT = -1e4  # of a class that was not asked for: probability 0 in half precision too
@@ -33,6 +35,11 @@ class ClassPromptInferer(Inferer):
         noise_seed: None for no diffusion noise, so that the answer is one function of the image; else the noise is
             drawn for each slice and class from this seed, the case, the slice and the class.
         progress: whether to show a bar of the slices of a volume.
+        runtime: what computes the network: `torch`, or `openvino` on a CPU.
+        checkpoint: the network's weights file, beside which another runtime than torch keeps its graphs.
+
+    Raises:
+        ConfigError: another runtime than torch without a checkpoint.
     """
 
     def __init__(
@@ -43,8 +50,15 @@ class ClassPromptInferer(Inferer):
         prompts_at_once: int = 16,
         noise_seed: int | None = None,
         progress: bool = False,
+        runtime: str = "torch",
+        checkpoint: str | None = None,
     ) -> None:
         super().__init__()
+        if runtime != "torch" and checkpoint is None:
+            raise ConfigError(f"the runtime {runtime!r} keeps its graphs beside the weights: give their checkpoint")
+        self.runtime = runtime
+        self.checkpoint = checkpoint
+        self._running: tuple[AutoMedSAM, AutoMedSAM | OpenVinoNetwork] | None = None
         self.class_ids = class_ids
         self.slices_at_once = slices_at_once
         self.prompts_at_once = prompts_at_once
@@ -73,7 +87,7 @@ class ClassPromptInferer(Inferer):
         Returns:
             Logits `(1, K, H, W, D)` in the case's own pixels.
         """
-        model = cast(AutoMedSAM, getattr(network, "module", network))
+        model = self._model(cast(AutoMedSAM, getattr(network, "module", network)))
         ids = [int(i) for i in (class_ids if class_ids is not None else self.class_ids or model.class_ids)]
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
@@ -85,6 +99,13 @@ class ClassPromptInferer(Inferer):
             logits[..., chunk] = answer.permute(1, 2, 3, 0)  # (n, K, H, W) -> (K, H, W, n)
         return logits.unsqueeze(0)
 
+    def _model(self, network: AutoMedSAM) -> AutoMedSAM | OpenVinoNetwork:
+        """Give the network as the chosen runtime computes it, the same from case to case."""
+        if self._running is None or self._running[0] is not network:
+            chosen = choose_runtime(network, runtime=self.runtime, checkpoint=self.checkpoint or "")
+            self._running = (network, chosen)
+        return self._running[1]
+
     def _chunks(self, depth: int) -> Iterable[int]:
         """Give the first slice of each chunk, with a bar where there are several."""
         starts = range(0, depth, self.slices_at_once)
@@ -93,7 +114,7 @@ class ClassPromptInferer(Inferer):
 
     def _segment(
         self,
-        model: AutoMedSAM,
+        model: AutoMedSAM | OpenVinoNetwork,
         image: torch.Tensor,
         ids: Sequence[int],
         asked: torch.Tensor | None,
@@ -103,25 +124,49 @@ class ClassPromptInferer(Inferer):
         """Segment n slices (C, H, W, n): logits (n, K, H, W)."""
         _, height, width, count = image.shape
         embedding = model.encode_image(network_slices(image, model.image_size).to(image.device))
-        pairs = [(n, k) for n in range(count) for k in range(len(ids)) if asked is None or bool(asked[k, n])]
         answer = image.new_full((count, len(ids), height, width), ABSENT_LOGIT)
-        for start in range(0, len(pairs), self.prompts_at_once):
-            some = pairs[start : start + self.prompts_at_once]
-            rows, columns = [row for row, _ in some], [column for _, column in some]
-            asked_ids = torch.tensor([[ids[column]] for column in columns], device=image.device)  # (N, 1)
-            places = [(case, first + row, ids[column]) for row, column in some]
-            noise = self._noise(model, places, image.device)
-            prompts = model.encode_classes(embedding[rows], asked_ids, noise=noise)
-            squares, _ = model.decode(embedding[rows], prompts)  # (N, 1, S, S)
+        for rows, columns in self._questions(count, len(ids), asked):
+            asked_ids = torch.tensor([ids[column] for column in columns], device=image.device)
+            places = [(case, first + row, ids[column]) for row in rows for column in columns]
+            noise = self._noise(model, places, (len(rows), len(columns)), image.device)
+            prompts = model.encode_classes(embedding[rows], asked_ids.expand(len(rows), -1), noise=noise)
+            squares, _ = model.decode(embedding[rows], prompts)  # (B, K, S, S)
             restored = restore_from_square(squares, size=model.image_size, original=(height, width))
-            answer[rows, columns] = restored[:, 0].to(answer.dtype)
+            answer[torch.tensor(rows)[:, None], torch.tensor(columns)] = restored.to(answer.dtype)
         return answer
 
+    def _questions(self, count: int, classes: int, asked: torch.Tensor | None) -> Iterator[tuple[list[int], list[int]]]:
+        """Bundle what is asked: slices with the same classes, so that each slice's classes share what they can.
+
+        Args:
+            count: n slices.
+            classes: K classes.
+            asked: `(K, n)` bool; None for all.
+
+        Yields:
+            Slices and classes, of which each slice is asked for each class: at most `prompts_at_once` questions.
+        """
+        bundles: dict[tuple[int, ...], list[int]] = {}
+        for row in range(count):
+            columns = tuple(column for column in range(classes) if asked is None or bool(asked[column, row]))
+            bundles.setdefault(columns, []).append(row)
+        for columns, rows in bundles.items():
+            for start in range(0, len(columns), self.prompts_at_once):
+                some = list(columns[start : start + self.prompts_at_once])
+                step = max(1, self.prompts_at_once // len(some))
+                for place in range(0, len(rows), step):
+                    yield rows[place : place + step], some
+
     def _noise(
-        self, model: AutoMedSAM, places: Sequence[tuple[str, int, int]], device: torch.device
+        self,
+        model: AutoMedSAM | OpenVinoNetwork,
+        places: Sequence[tuple[str, int, int]],
+        shape: tuple[int, int],
+        device: torch.device,
     ) -> torch.Tensor | None:
-        """Draw the noise (N, 1, 256, h, w) of N (case, slice, class), each from a seed of its own."""
+        """Draw the noise (B, K, 256, h, w) of B x K (case, slice, class), each from a seed of its own."""
         if self.noise_seed is None:
             return None
         seeds = torch.tensor([_seed_of(self.noise_seed, *place) for place in places])
-        return diffusion_noise(seeds, prompts=1, grid_size=model.grid_size).to(device)
+        noise = diffusion_noise(seeds, prompts=1, grid_size=model.grid_size)  # (B K, 1, C, h, w)
+        return noise.reshape(*shape, *noise.shape[2:]).to(device)

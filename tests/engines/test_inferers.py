@@ -67,7 +67,9 @@ def test_bundling_does_not_change_the_answer(network, volume, slices_at_once, pr
 def count_rows(module):
     """The number of rows of every later call of a module, appended; and the hook, to be removed."""
     rows = []
-    return rows, module.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    return rows, module.register_forward_hook(
+        lambda _, inputs, output: rows.append(len(output[0] if isinstance(output, tuple) else output))
+    )
 
 
 def test_each_slice_is_encoded_once_for_all_its_classes(network, volume):
@@ -77,7 +79,14 @@ def test_each_slice_is_encoded_once_for_all_its_classes(network, volume):
     first.remove()
     second.remove()
     assert encoded == [2, 2, 1]
-    assert decoded == [4, 2, 4, 2, 3]
+    assert decoded == [3, 3, 3, 3, 3]  # all classes of a slice, and no second slice's beside them: that would be six
+
+
+def test_classes_beyond_the_bound_are_asked_for_in_turn(network, volume):
+    decoded, hook = count_rows(network.mask_decoder)
+    ClassPromptInferer(slices_at_once=5, prompts_at_once=2)(volume, network, class_ids=[1, 2, 4])
+    hook.remove()
+    assert decoded == [2, 2, 2, 2, 2, 2, 2, 1]  # two classes of each slice, then the third of two slices at a time
 
 
 def test_only_what_is_asked_for_is_decoded(network, volume):
