@@ -36,6 +36,7 @@ check: setup
 # Time and memory; results go to benchmarks/results/.
 bench: setup
 	$(BIN)/python benchmarks/preparing.py
+	$(BIN)/python benchmarks/encoding_once.py
 
 clean:
 	rm -rf runs build dist eval .pytest_cache .mypy_cache .ruff_cache *.egg-info

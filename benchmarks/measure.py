@@ -4,11 +4,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,3 +82,57 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times faster the second of two variants is.
+
+    Attributes:
+        ratio: median of the rounds' ratios, time of the first variant over time of the second.
+        low: smallest ratio of a round.
+        high: largest ratio of a round.
+        runs: number of rounds.
+        slow_seconds: median time of the first variant.
+        fast_seconds: median time of the second.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    runs: int
+    slow_seconds: float
+    fast_seconds: float
+
+
+def compare(slow: Callable[[], object], fast: Callable[[], object], *, runs: int = 5) -> Comparison:
+    """Measure two variants alternately in this process, after one round that does not count.
+
+    Args:
+        slow: the variant that the other is compared with.
+        fast: the variant whose gain is asked for.
+        runs: rounds that count; each measures both, so that what else the machine does falls on both alike.
+    """
+    slow(), fast()
+    times = [(_seconds(slow), _seconds(fast)) for _ in range(runs)]
+    ratios = [first / second for first, second in times]
+    return Comparison(
+        ratio=round(statistics.median(ratios), 2),
+        low=round(min(ratios), 2),
+        high=round(max(ratios), 2),
+        runs=runs,
+        slow_seconds=round(statistics.median(first for first, _ in times), 4),
+        fast_seconds=round(statistics.median(second for _, second in times), 4),
+    )
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def peak_mb() -> int:
+    """Give the most memory that this process has held at a time, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
