@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.engines.batches import diffusion_noise
-from scripts.engines.runtimes import OpenVinoNetwork, choose_runtime
-from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 
 ABSENT_LOGIT = -1e4  # of a class that was not asked for: probability 0 in half precision too
@@ -35,11 +33,6 @@ class ClassPromptInferer(Inferer):
         noise_seed: None for no diffusion noise, so that the answer is one function of the image; else the noise is
             drawn for each slice and class from this seed, the case, the slice and the class.
         progress: whether to show a bar of the slices of a volume.
-        runtime: what computes the network: `torch`, or `openvino` on a CPU.
-        checkpoint: the network's weights file, beside which another runtime than torch keeps its graphs.
-
-    Raises:
-        ConfigError: another runtime than torch without a checkpoint.
     """
 
     def __init__(
@@ -50,15 +43,8 @@ class ClassPromptInferer(Inferer):
         prompts_at_once: int = 16,
         noise_seed: int | None = None,
         progress: bool = False,
-        runtime: str = "torch",
-        checkpoint: str | None = None,
     ) -> None:
         super().__init__()
-        if runtime != "torch" and checkpoint is None:
-            raise ConfigError(f"the runtime {runtime!r} keeps its graphs beside the weights: give their checkpoint")
-        self.runtime = runtime
-        self.checkpoint = checkpoint
-        self._running: tuple[AutoMedSAM, AutoMedSAM | OpenVinoNetwork] | None = None
         self.class_ids = class_ids
         self.slices_at_once = slices_at_once
         self.prompts_at_once = prompts_at_once
@@ -87,7 +73,7 @@ class ClassPromptInferer(Inferer):
         Returns:
             Logits `(1, K, H, W, D)` in the case's own pixels.
         """
-        model = self._model(cast(AutoMedSAM, getattr(network, "module", network)))
+        model = cast(AutoMedSAM, getattr(network, "module", network))
         ids = [int(i) for i in (class_ids if class_ids is not None else self.class_ids or model.class_ids)]
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
@@ -99,13 +85,6 @@ class ClassPromptInferer(Inferer):
             logits[..., chunk] = answer.permute(1, 2, 3, 0)  # (n, K, H, W) -> (K, H, W, n)
         return logits.unsqueeze(0)
 
-    def _model(self, network: AutoMedSAM) -> AutoMedSAM | OpenVinoNetwork:
-        """Give the network as the chosen runtime computes it, the same from case to case."""
-        if self._running is None or self._running[0] is not network:
-            chosen = choose_runtime(network, runtime=self.runtime, checkpoint=self.checkpoint or "")
-            self._running = (network, chosen)
-        return self._running[1]
-
     def _chunks(self, depth: int) -> Iterable[int]:
         """Give the first slice of each chunk, with a bar where there are several."""
         starts = range(0, depth, self.slices_at_once)
@@ -114,7 +93,7 @@ class ClassPromptInferer(Inferer):
 
     def _segment(
         self,
-        model: AutoMedSAM | OpenVinoNetwork,
+        model: AutoMedSAM,
         image: torch.Tensor,
         ids: Sequence[int],
         asked: torch.Tensor | None,
@@ -159,7 +138,7 @@ class ClassPromptInferer(Inferer):
 
     def _noise(
         self,
-        model: AutoMedSAM | OpenVinoNetwork,
+        model: AutoMedSAM,
         places: Sequence[tuple[str, int, int]],
         shape: tuple[int, int],
         device: torch.device,

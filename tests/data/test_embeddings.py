@@ -197,13 +197,13 @@ def test_what_an_interruption_left_is_cleared_away(store):
 
 def test_twenty_kills_lose_nothing(store):
     """Killed at any moment, a pass leaves whole shards and nothing else that could be taken for one."""
-    torch.set_num_threads(1)
     moments = np.random.default_rng(7)
     slices = Slices(count=60)
     done = []
     for _ in range(20):
         process = os.fork()
         if process == 0:
+            torch.set_num_threads(1)
             SliceEmbeddings(store, slices, encode=_slowly).fill(progress=False)
             os._exit(0)
         time.sleep(moments.uniform(0.0, 0.06))

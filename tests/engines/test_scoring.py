@@ -159,7 +159,7 @@ def test_a_case_that_failed_is_left_out(make_case, vocabulary):
 def test_the_report_is_printed_and_written(make_case, vocabulary, tmp_path, caplog):
     scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary, protocol="oracle")
     report = ReportScores(scores, output_dir=tmp_path / "new" / "folder")
-    with caplog.at_level(logging.INFO, "scripts"):
+    with caplog.at_level(logging.INFO, "scripts.engines.scoring"):
         evaluator_of([make_case("a"), make_case("b")], scores, report).run()
     folder = tmp_path / "new" / "folder"
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "metrics.json"]
