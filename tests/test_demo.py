@@ -16,7 +16,10 @@ from scripts.metrics.scores import DEFAULT_TOLERANCE
 
 ORGANS = list(LABEL_MAP.values())
 LOWEST_DSC = 0.80  # what the demo promises
-HIGHEST_FALSE_POSITIVE_RATE = 0.25  # of the slices without a class; an untrained network has 1
+# Of the slices without a class; an untrained network has 1. A class has only some dozens of them, and sums in another
+# order, as with another number of threads, are another training: one class's share moves by a quarter, that of all less.
+HIGHEST_FALSE_POSITIVE_RATE = 0.25
+HIGHEST_OF_A_CLASS = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,12 @@ def test_unseen_phantoms_are_segmented_well(metrics):
     assert 0.5 < metrics["mean"]["nsd"] <= 1
     for name, entry in metrics["classes"].items():
         assert entry["absent_slices"] > 0, name
-        assert entry["false_positive_rate"] <= HIGHEST_FALSE_POSITIVE_RATE, name
+        assert entry["false_positive_rate"] <= HIGHEST_OF_A_CLASS, name
+    filled, absent = (
+        sum(entry[count] for entry in metrics["classes"].values())
+        for count in ("false_positive_slices", "absent_slices")
+    )
+    assert filled / absent <= HIGHEST_FALSE_POSITIVE_RATE
 
 
 @pytest.mark.slow
