@@ -17,7 +17,7 @@ from scripts.metrics.scores import DEFAULT_TOLERANCE
 ORGANS = list(LABEL_MAP.values())
 LOWEST_DSC = 0.80  # what the demo promises
 # Of the slices without a class; an untrained network has 1. A class has only some dozens of them, and sums in another
-# order, as with another number of threads, are another training: one class's share moves by a quarter, that of all less.
+# order, as with another number of threads, are another training: a class's share moves by a quarter, that of all less.
 HIGHEST_FALSE_POSITIVE_RATE = 0.25
 HIGHEST_OF_A_CLASS = 0.4
 
