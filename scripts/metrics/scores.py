@@ -23,20 +23,20 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from monai.metrics import compute_surface_dice
-from monai.transforms.utils import generate_spatial_bounding_box
 
 from scripts.errors import ConfigError, InputError
-
-Mask: TypeAlias = npt.NDArray[np.bool_]
-
-DEFAULT_TOLERANCE: Final = 2.0
-"""Distance in mm or pixels up to which a boundary counts as found."""
+from scripts.metrics.distances import measure_distances
+from scripts.metrics.masks import (
+    DEFAULT_TOLERANCE,
+    Mask,
+    check_masks,
+    check_spacing,
+    check_tolerance,
+    dice_score,
+)
 
 PROTOCOLS: Final = ("all", "oracle")
 """Which slices a class is asked for on: "all" of the case, or ("oracle") only those whose truth contains it."""
@@ -135,27 +135,6 @@ class Summary:
     classes: tuple[ClassSummary, ...]
 
 
-def dice_score(prediction: Mask, truth: Mask) -> float:
-    """Dice similarity coefficient of two masks.
-
-    Counted in integers: MONAI's ``compute_dice`` adds float32 voxels, which a large volume needs much memory for, and
-    has other rules for empty masks.
-
-    Args:
-        prediction: Boolean array of any shape.
-        truth: Boolean array of the same shape.
-
-    Returns:
-        0 to 1; for empty masks see the module's rules.
-
-    Raises:
-        InputError: An array is not boolean, or the shapes differ.
-    """
-    _check_masks(prediction, truth)
-    total = np.count_nonzero(prediction) + np.count_nonzero(truth)
-    return 2 * np.count_nonzero(prediction & truth) / total if total else math.nan
-
-
 def normalized_surface_dice(
     prediction: Mask, truth: Mask, *, spacing: Sequence[float], tolerance: float = DEFAULT_TOLERANCE
 ) -> float:
@@ -175,21 +154,8 @@ def normalized_surface_dice(
         InputError: An array is not boolean or neither 2D nor 3D, the shapes differ, or the spacing does not fit them.
         ConfigError: The tolerance is negative or not finite.
     """
-    _check_masks(prediction, truth)
-    _check_spacing(spacing, prediction.ndim)
-    _check_tolerance(tolerance)
-    if not prediction.any() or not truth.any():
-        return 0.0 if prediction.any() or truth.any() else math.nan
-    prediction, truth = _crop_to_union(prediction, truth)
-    score = compute_surface_dice(
-        _as_batch(prediction),
-        _as_batch(truth),
-        class_thresholds=[float(tolerance)],
-        include_background=True,
-        spacing=[float(value) for value in spacing],
-        use_subvoxels=True,
-    )
-    return float(score)
+    check_tolerance(tolerance)
+    return measure_distances(prediction, truth, spacing=spacing).surface_dice(tolerance)
 
 
 def score_case(
@@ -229,7 +195,7 @@ def score_case(
         ConfigError: The tolerance is negative or not finite.
     """
     _check_case(prediction, truth, case, class_ids, class_names)
-    _check_tolerance(tolerance)
+    check_tolerance(tolerance)
     volume_spacing = None if planar else _require_spacing(spacing, case)
     return [
         _score_class(
@@ -338,18 +304,6 @@ def _count_false_positives(prediction: Mask, truth: Mask) -> tuple[int, int]:
     return int(np.count_nonzero(absent)), int(np.count_nonzero(false_positive))
 
 
-def _crop_to_union(prediction: Mask, truth: Mask) -> tuple[Mask, Mask]:
-    """Cut both masks to the box around either; MONAI pads by one voxel, so this only saves time and memory."""
-    start, end = generate_spatial_bounding_box((prediction | truth)[np.newaxis])
-    box = tuple(slice(low, high) for low, high in zip(start, end, strict=True))
-    return prediction[box], truth[box]
-
-
-def _as_batch(mask: Mask) -> torch.Tensor:
-    """(H, W[, D]) -> (1, 1, H, W[, D]), one image with one class."""
-    return torch.from_numpy(np.ascontiguousarray(mask))[None, None]
-
-
 def _summarise_class(scores: Sequence[ClassScore]) -> ClassSummary:
     """Average the scores of one class over the cases that contain it."""
     present = [score for score in scores if score.present]
@@ -407,21 +361,9 @@ def _check_classes(scores: Sequence[ClassScore]) -> None:
         )
 
 
-def _check_masks(prediction: Mask, truth: Mask) -> None:
-    """Refuse arrays that are not boolean or not of one shape."""
-    for label, mask in (("prediction", prediction), ("truth", truth)):
-        if mask.dtype != np.bool_:
-            raise InputError(f"Expected a boolean {label}, got {mask.dtype}; compare it with 0 or a threshold first.")
-    if prediction.shape != truth.shape:
-        raise InputError(
-            f"Expected prediction and truth of one shape, got {prediction.shape} and {truth.shape}; "
-            "bring the prediction back to the voxels of the original image."
-        )
-
-
 def _check_case(prediction: Mask, truth: Mask, case: str, class_ids: Sequence[int], class_names: Sequence[str]) -> None:
     """Refuse arrays that are not (K, H, W, D) with one id and one name per channel."""
-    _check_masks(prediction, truth)
+    check_masks(prediction, truth)
     if prediction.ndim != 4:
         raise InputError(
             f"Expected arrays (K, H, W, D) for {case!r}, got the shape {prediction.shape}; "
@@ -434,17 +376,6 @@ def _check_case(prediction: Mask, truth: Mask, case: str, class_ids: Sequence[in
         )
 
 
-def _check_spacing(spacing: Sequence[float], dimensions: int) -> None:
-    """Refuse a spacing that does not give one positive distance per axis of a 2D or 3D array."""
-    if dimensions not in (2, 3):
-        raise InputError(f"Expected 2D or 3D masks, got {dimensions} axes; pass one class of one case at a time.")
-    if len(spacing) != dimensions or not all(math.isfinite(value) and value > 0 for value in spacing):
-        raise InputError(
-            f"Expected {dimensions} positive distances in the order of the array's axes as spacing, "
-            f"got {tuple(spacing)}; correct the image's header or the call."
-        )
-
-
 def _require_spacing(spacing: Sequence[float] | None, case: str) -> Sequence[float]:
     """The spacing of a volume, refused where it is missing or unfit."""
     if spacing is None:
@@ -452,11 +383,5 @@ def _require_spacing(spacing: Sequence[float] | None, case: str) -> Sequence[flo
             f"Expected the voxel size in mm of the volume {case!r}, got none; pass spacing, "
             "or planar=True where the slices are 2D images."
         )
-    _check_spacing(spacing, 3)
+    check_spacing(spacing, 3)
     return spacing
-
-
-def _check_tolerance(tolerance: float) -> None:
-    """Refuse a tolerance that is no distance."""
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ConfigError(f"Expected a finite tolerance of at least 0, got {tolerance}; correct the setting.")
