@@ -28,6 +28,8 @@ def infer(
     output: str = "out",
     checkpoint: str | None = None,
     probability_maps: bool = False,
+    samples: int = 1,
+    runtime: str = "torch",
     force: bool = False,
     **overrides: Any,
 ) -> str:
@@ -40,6 +42,9 @@ def infer(
         output: folder of label maps, names, colours and overlay pictures.
         checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
         probability_maps: also write each class's probabilities, in which overlapping classes stay apart.
+        samples: how often to draw the diffusion noise; of several draws the mean decides, and their spread is written
+            as a map of uncertainty for each class.
+        runtime: torch, or onnx for ONNX Runtime on a CPU.
         force: accept classes that were not trained in this modality.
         overrides: further settings of configs/inference.json.
     """
@@ -52,8 +57,12 @@ def infer(
         "modality": modality,
         "output_dir": str(folder),
         "probability_maps": probability_maps,
+        "samples": samples,
+        "runtime": runtime,
         "force": force,
     }
+    if samples > 1:
+        settings["noise_seed"] = 0
     run_configs(["inference.json"], {**settings, **model, **overrides})
     return f"label maps, names and pictures are in {folder}"
 
@@ -100,13 +109,13 @@ def embed(
     config: str | Sequence[str] = (),
     **overrides: Any,
 ) -> str:
-    """Store what the frozen image encoder says of the training slices, so that no training has to ask it again.
+    """Store what the frozen image encoder says of the slices for training and validation, so that no run asks it again.
 
     Args:
-        datalist: JSON file with the section training, or several, separated by commas.
+        datalist: JSON file with the sections training and validation, or several, separated by commas.
         checkpoint: a model.pt with its model.json, or a published weights file of the network in `config`; the bundle's
             own model if none is given.
-        embeddings: folder of the store; give it to train as --embeddings_dir.
+        embeddings: folder of the store; give it to train and evaluate as --embeddings_dir.
         config: overlays over configs/train.json, separated by commas.
         overrides: further settings of configs/train.json, such as augmented_versions.
     """

@@ -344,6 +344,25 @@ def test_noise_of_the_diffusion_is_drawn_from_its_seed(tmp_path, run, volume, mo
 # ------------------------------------------------------------------------------------------- which classes may be asked
 
 
+def test_several_draws_of_the_noise_leave_a_map_of_uncertainty(tmp_path, run, volume, model):
+    words = ["--classes", "liver,left kidney", "--samples", "3", "--checkpoint", model]
+    for name in ("first", "second"):
+        assert run("infer", volume, *words, "--output", tmp_path / name).code == 0
+    for organ in ("liver", "left_kidney"):
+        path = f"scan_uncertainty_{organ}.nii.gz"
+        spread = nibabel.load(tmp_path / "first" / path)
+        assert spread.shape == nibabel.load(volume).shape
+        assert 0 < spread.get_fdata().max() <= 0.5
+        assert (tmp_path / "first" / path).read_bytes() == (tmp_path / "second" / path).read_bytes()
+
+
+def test_unknown_runtime(tmp_path, run, volume, model):
+    words = ["--classes", "liver", "--runtime", "tensorflow", "--checkpoint", model, "--output", tmp_path]
+    code, _, err = run("infer", volume, *words)
+    assert code == 1
+    assert "the runtime is one of torch, onnx, not 'tensorflow'" in err
+
+
 def test_unknown_class_lists_the_known_ones_and_the_nearest(tmp_path, run, volume, model):
     output = tmp_path / "out"
     outcome = run("infer", volume, "--classes", "liver,splen", "--output", output, "--checkpoint", model)
@@ -832,6 +851,24 @@ def test_loss_that_is_no_number_ends_in_one_line(tmp_path, run, tiny_phantoms):
     words = ["--from_scratch", *TINY, "--max_epochs", 3, "--learning_rate", 1e30, "--output", tmp_path / "out"]
     check_refused(run("train", tiny_phantoms, *words, "--progress_bar", "true"), r"the loss is not finite")
     assert not any("partial" in name for name in files(tmp_path / "out"))
+
+
+def test_embedding_beforehand_spares_training_and_evaluation_the_encoder(
+    tmp_path, run, tiny_phantoms, model, monkeypatch
+):
+    store = tmp_path / "store"
+    outcome = run("embed", tiny_phantoms, "--checkpoint", model, "--embeddings", store, *TINY)
+    assert outcome.code == 0
+    assert f"train with --embeddings_dir {store}" in outcome.out
+    asked = []
+    original = AutoMedSAM.encode_image
+    monkeypatch.setattr(AutoMedSAM, "encode_image", lambda *words: asked.append(1) or original(*words))
+    settings = ["--embeddings_dir", store, "--section", "validation", "--progress_bar", "false"]
+    words = ["--checkpoint", model, "--output", tmp_path / "scores", *settings]
+    assert run("evaluate", tiny_phantoms, *words).code == 0
+    words = ["--pretrained", model, "--output", tmp_path / "run", "--embeddings_dir", store, "--max_epochs", "1", *TINY]
+    assert run("train", tiny_phantoms, *words).code == 0
+    assert asked == []
 
 
 def test_evaluation_prints_what_it_writes(tmp_path, run, tiny_phantoms, model):

@@ -163,6 +163,36 @@ class EmbeddingStore:
             raise StoreError(f"{self.path(key)}: expected what was written for slice {place}, got another")
         return embedding
 
+    def recall(self, slices: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Give the embeddings of a shard's slices, which are encoded only if the store lacks them.
+
+        A damaged shard is named in the log and made anew.
+
+        Args:
+            slices: `(n, 3, S, S)` as they go into the encoder.
+            encode: from slices to embeddings, without gradient.
+
+        Returns:
+            `(n, channels, rows, columns)` float16, on the CPU.
+
+        Raises:
+            OutputError: there is no room on the disk.
+            StoreError: a value that half precision cannot hold.
+        """
+        key, count = slices_key(slices.cpu()), len(slices)
+        if self.holds(key, count=count):
+            try:
+                return self._read_all(key, count)
+            except StoreError as error:
+                logger.warning("%s; it is made anew", error)
+                self.discard(key)
+        self.require_space(count)
+        self.write(key, encode(slices))
+        return self._read_all(key, count)
+
+    def _read_all(self, key: str, count: int) -> torch.Tensor:
+        return torch.stack([self.read(key, place) for place in range(count)])
+
     def discard(self, key: str) -> None:
         """Remove a shard that cannot be trusted, so that it is made anew."""
         self.path(key).unlink(missing_ok=True)

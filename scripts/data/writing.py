@@ -1,4 +1,4 @@
-"""From masks in memory to files a viewer opens: label maps, probability maps and the names of their values."""
+"""From masks in memory to files a viewer opens: label maps, maps of each class and the names of their values."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import nibabel
 import numpy as np
@@ -80,25 +81,26 @@ def write_label_map(labels: np.ndarray, *, folder: Path, stem: str, affine: np.n
     return _write_nifti(labels, affine, folder / f"{stem}_seg.nii.gz")
 
 
-def write_probability_maps(
-    probabilities: np.ndarray,
+def write_class_maps(
+    maps: Iterable[np.ndarray],
     *,
+    kind: Literal["prob", "uncertainty"],
     class_names: Sequence[str],
     folder: Path,
     stem: str,
     affine: np.ndarray,
     planar: bool,
 ) -> list[Path]:
-    """Write one probability map a class, unmerged, so that overlapping structures stay apart.
+    """Write one map a class of probabilities or their uncertainties, unmerged, so that overlaps stay apart.
 
-    Volumes and stacks become ``<stem>_prob_<class>.nii.gz`` in float32 (NIfTI has no half precision, and scaled
-    integers would move the decision border). A planar image becomes ``<stem>_prob_<class>.png``, 8-bit grey, with the
-    probability times 255 rounded: values from 128 up are probabilities of at least 0.5. Spaces in a class name
-    become underscores.
+    Volumes and stacks become ``<stem>_<kind>_<class>.nii.gz`` in float32 (NIfTI has no half precision, and scaled
+    integers would move the decision border). A planar image becomes ``<stem>_<kind>_<class>.png``, 8-bit grey, with the
+    value times 255 rounded: of a probability, 128 and above is at least 0.5. Spaces in a class name become underscores.
 
     Args:
-        probabilities: ``(K, X, Y, Z)`` in the axes of the file, floating, 0 to 1.
-        class_names: K names in the order of the first axis.
+        maps: K of ``(X, Y, Z)`` in the axes of the file, floating, 0 to 1, taken one by one.
+        kind: what they are.
+        class_names: K names in the same order.
         folder: an existing folder.
         stem: beginning of the file names.
         affine: ``(4, 4)``, voxel indices to mm (RAS+).
@@ -109,14 +111,14 @@ def write_probability_maps(
 
     Raises:
         OutputError: a file cannot be written. The maps of the classes before it are removed again.
-        ValueError: the array is not 4D or does not fit the names.
+        ValueError: a map is not 3D, or there are more or fewer than names.
     """
-    if probabilities.ndim != 4 or len(probabilities) != len(class_names):
-        raise ValueError(f"expected probabilities ({len(class_names)}, X, Y, Z), got {probabilities.shape}")
     with contextlib.ExitStack() as undo:
         written = []
-        for name, probability in zip(class_names, probabilities, strict=True):
-            path = _write_probability(probability, folder / f"{stem}_prob_{_one_word(name)}", affine, planar)
+        for name, values in zip(class_names, maps, strict=True):
+            if values.ndim != 3:
+                raise ValueError(f"expected a map (X, Y, Z), got {values.shape}")
+            path = _write_values(values, folder / f"{stem}_{kind}_{_one_word(name)}", affine, planar)
             undo.callback(path.unlink, missing_ok=True)
             written.append(path)
         undo.pop_all()
@@ -176,12 +178,12 @@ def _to_byte_ids(labels: np.ndarray) -> np.ndarray:
     return labels.astype(np.uint8)
 
 
-def _write_probability(probability: np.ndarray, path: Path, affine: np.ndarray, planar: bool) -> Path:
+def _write_values(values: np.ndarray, path: Path, affine: np.ndarray, planar: bool) -> Path:
     """Write one class, ``(X, Y, Z)``; the path comes without its suffix."""
-    if _is_picture(probability.shape, planar):
-        scaled = np.rint(probability.clip(0, 1) * LARGEST_BYTE).astype(np.uint8)
+    if _is_picture(values.shape, planar):
+        scaled = np.rint(values.clip(0, 1) * LARGEST_BYTE).astype(np.uint8)
         return _write_png(scaled, path.with_name(f"{path.name}.png"))
-    return _write_nifti(probability.astype(np.float32), affine, path.with_name(f"{path.name}.nii.gz"))
+    return _write_nifti(values.astype(np.float32), affine, path.with_name(f"{path.name}.nii.gz"))
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> Path:

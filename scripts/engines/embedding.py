@@ -1,15 +1,20 @@
-"""Encode once: what the frozen image encoder says of the training slices is stored before training begins."""
+"""Encode once: what the frozen image encoder says of slices is stored, and read from then on."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.utils import convert_to_tensor
+from tqdm import tqdm
 
 from scripts.data.embeddings import EmbeddingShape, EmbeddingStore, FillReport, SliceEmbeddings, encoder_key
 from scripts.data.slices import PromptedSlices
+from scripts.engines.evaluators import FAILURE
+from scripts.engines.inferers import ClassPromptInferer
 from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.class_prompt_encoder import EMBEDDING_CHANNELS
@@ -109,3 +114,57 @@ class StoreEmbeddings:
                 report.encoded, report.seconds, report.encoded / report.seconds,
             )  # fmt: skip
         return report
+
+
+class StoreCases:
+    """Let the inferer read whole cases from the store, and keep there what is new.
+
+    Args:
+        inferer: of the evaluator.
+        network: whose image encoder is frozen.
+        folder: of all stores.
+    """
+
+    def __init__(self, inferer: ClassPromptInferer, network: AutoMedSAM, *, folder: str | Path) -> None:
+        self.inferer = inferer
+        self.network = network
+        self.folder = folder
+
+    def attach(self, engine: Engine) -> None:
+        """Run at the start of each evaluation, behind what loads the weights."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Open the store of the weights that the encoder has now.
+
+        Raises:
+            ConfigError: an encoder that learns.
+            OutputError: the folder cannot be made.
+        """
+        self.inferer.store = open_store(self.network, self.folder)
+
+    def fill(self, cases: Sequence[Mapping[str, Any]], device: torch.device, *, progress: bool = True) -> int:
+        """Encode what is missing of cases, and segment nothing.
+
+        Args:
+            cases: prepared as for the evaluator; those that cannot be used are left to it.
+            device: of the encoder.
+            progress: whether to show a bar.
+
+        Returns:
+            The number of slices.
+
+        Raises:
+            ConfigError: an encoder that learns.
+            OutputError: the folder cannot be made, or the disk is full.
+        """
+        self.inferer.store = open_store(self.network, self.folder)
+        slices = 0
+        with torch.no_grad():
+            for number in tqdm(range(len(cases)), desc="embedding cases", disable=not progress):
+                case = cases[number]
+                if FAILURE not in case:
+                    image = convert_to_tensor(case["image"], track_meta=False)
+                    slices += self.inferer.embed(image.unsqueeze(0).to(device), self.network)
+        logger.info("embeddings of the %d slices of %d whole cases are in %s", slices, len(cases), self.folder)
+        return slices

@@ -3,11 +3,13 @@
 import logging
 from typing import Any, cast
 
+import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 
+from scripts.engines.answers import SampledLogits
 from scripts.engines.processes import gathered
 from scripts.errors import AutoMedSAMError, InputError
 
@@ -34,6 +36,13 @@ def intended_error(error: BaseException | None) -> AutoMedSAMError | None:
     while error is not None and not isinstance(error, AutoMedSAMError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _of_one_case(answer: torch.Tensor | SampledLogits) -> dict[str, torch.Tensor]:
+    """Take the batch axis off the logits and, of several samples, off their uncertainty."""
+    if isinstance(answer, SampledLogits):
+        return {"pred": answer.logits[0], "uncertainty": answer.uncertainty[0]}
+    return {"pred": answer[0]}
 
 
 class CaseEvaluator(SupervisedEvaluator):
@@ -65,7 +74,7 @@ class CaseEvaluator(SupervisedEvaluator):
         def take_apart(engine: Engine) -> None:
             state: Any = engine.state
             # The prediction alone: the case keeps its own image and label, which know their geometry.
-            state.batch, state.output = [state.batch], [{"pred": state.output["pred"][0]}]
+            state.batch, state.output = [state.batch], [_of_one_case(state.output["pred"])]
 
         # Before the metrics, which could only say that there is nothing to score.
         self.add_event_handler(Events.EPOCH_COMPLETED, self._share_failures)

@@ -1,29 +1,52 @@
 """From a whole case to the logits of every class asked for: each slice is encoded once for all its classes."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from tqdm import tqdm
 
+from scripts.data.embeddings import EmbeddingStore, slices_key
 from scripts.data.fitting import network_slices, restore_from_square
+from scripts.engines.acceleration import require_bfloat16
+from scripts.engines.answers import CaseAnswers, SampledLogits
 from scripts.engines.batches import diffusion_noise
+from scripts.engines.runtimes import OnnxNetwork, choose_runtime
+from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 
-ABSENT_LOGIT = -1e4  # of a class that was not asked for: probability 0 in half precision too
 
+@dataclass(frozen=True)
+class _Slices:
+    """Some slices of a case with what is asked of them.
 
-def _seed_of(*parts: object) -> int:
-    """Make one seed of several numbers or names, the same everywhere."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    Attributes:
+        case: its name.
+        places: where the n slices are in the case.
+        pixels: as the network takes them, `(n, 3, S, S)`.
+        asked: which class is asked for in which slice, `(K, n)` bool, on the CPU.
+    """
+
+    case: str
+    places: list[int]
+    pixels: torch.Tensor
+    asked: torch.Tensor
+
+    def some(self, rows: Sequence[int]) -> "_Slices":
+        """Give some of them, by their numbers from 0 to n - 1."""
+        chosen = list(rows)
+        return _Slices(self.case, [self.places[row] for row in chosen], self.pixels[chosen], self.asked[:, chosen])
 
 
 class ClassPromptInferer(Inferer):
     """Ask for classes in every slice of a case.
+
+    Slices that are alike to the network, such as empty ones, are asked for once.
 
     Args:
         class_ids: the classes to ask for where the call names none; None for all that the network knows.
@@ -32,7 +55,18 @@ class ClassPromptInferer(Inferer):
             memory.
         noise_seed: None for no diffusion noise, so that the answer is one function of the image; else the noise is
             drawn for each slice and class from this seed, the case, the slice and the class.
+        samples: draws of noise for each slice and class, all with the one embedding; of more than one the mean and
+            the spread are given.
+        precision: `float32`, or `bfloat16` for PyTorch's mixed precision where the device has it.
+        runtime: `torch`, or `onnx` for ONNX Runtime on a CPU, see `scripts.engines.runtimes`.
+        checkpoint: the network's weights file, beside which another runtime keeps its graphs.
         progress: whether to show a bar of the slices of a volume.
+
+    Attributes:
+        store: of the network's image encoder, to read embeddings from and to keep new ones in; None for none.
+
+    Raises:
+        ConfigError: several samples without a seed, an unknown precision, or bfloat16 on another runtime.
     """
 
     def __init__(
@@ -42,14 +76,30 @@ class ClassPromptInferer(Inferer):
         slices_at_once: int = 4,
         prompts_at_once: int = 16,
         noise_seed: int | None = None,
+        samples: int = 1,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        runtime: str = "torch",
+        checkpoint: str = "",
         progress: bool = False,
     ) -> None:
         super().__init__()
+        if samples < 1 or (samples > 1 and noise_seed is None):
+            raise ConfigError(f"expected 1 sample, or more and a noise_seed to draw them from, got {samples} samples")
+        if precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision is 'float32' or 'bfloat16', not '{precision}'")
+        if precision == "bfloat16" and runtime != "torch":
+            raise ConfigError(f"bfloat16 is a precision of the runtime torch, not of {runtime}; leave one of them out")
         self.class_ids = class_ids
         self.slices_at_once = slices_at_once
         self.prompts_at_once = prompts_at_once
         self.noise_seed = noise_seed
+        self.samples = samples
+        self.precision = precision
+        self.runtime = runtime
+        self.checkpoint = checkpoint
         self.progress = progress
+        self.store: EmbeddingStore | None = None
+        self._chosen: tuple[AutoMedSAM, AutoMedSAM | OnnxNetwork] | None = None
 
     def __call__(  # type: ignore[override]
         self,
@@ -59,7 +109,7 @@ class ClassPromptInferer(Inferer):
         presence: torch.Tensor | None = None,
         case: str = "",
         **_: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | SampledLogits:
         """Segment one case.
 
         Args:
@@ -71,63 +121,135 @@ class ClassPromptInferer(Inferer):
             case: its name, which seeds the noise.
 
         Returns:
-            Logits `(1, K, H, W, D)` in the case's own pixels.
+            Logits `(1, K, H, W, D)` in the case's own pixels, in half precision; of several samples `SampledLogits`.
+
+        Raises:
+            ConfigError: a runtime or a precision that the device does not have.
         """
-        model = cast(AutoMedSAM, getattr(network, "module", network))
+        model = self._choose(network)
         ids = [int(i) for i in (class_ids if class_ids is not None else self.class_ids or model.class_ids)]
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
-        logits = image.new_full((len(ids), height, width, depth), ABSENT_LOGIT)
-        for start in self._chunks(depth):
-            chunk = slice(start, start + self.slices_at_once)
-            asked = None if presence is None else presence[0, :, chunk]
-            answer = self._segment(model, image[..., chunk], ids, asked, start, case)
-            logits[..., chunk] = answer.permute(1, 2, 3, 0)  # (n, K, H, W) -> (K, H, W, n)
-        return logits.unsqueeze(0)
+        asked = torch.ones((len(ids), depth), dtype=torch.bool) if presence is None else presence[0].cpu()
+        answers = CaseAnswers((height, width, depth), classes=len(ids), samples=self.samples, device=image.device)
+        with self._mixed(image.device):
+            for slices, repeated in self._distinct(image, asked, case, model.image_size):
+                self._segment(model, slices, ids, answers, (height, width))
+                for place, source in repeated:
+                    answers.repeat(place, source)
+        return answers.result()
 
-    def _chunks(self, depth: int) -> Iterable[int]:
-        """Give the first slice of each chunk, with a bar where there are several."""
-        starts = range(0, depth, self.slices_at_once)
-        hidden = not self.progress or len(starts) == 1
-        return tqdm(starts, desc="slices", unit_scale=self.slices_at_once, leave=False, disable=hidden)
+    def embed(self, inputs: torch.Tensor, network: torch.nn.Module) -> int:
+        """Bring the embeddings of a case into the store, and segment nothing.
+
+        Args:
+            inputs: as for a call.
+            network: as for a call.
+
+        Returns:
+            The number of slices.
+        """
+        model = self._choose(network)
+        image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
+        everything = torch.ones((1, image.shape[3]), dtype=torch.bool)
+        for slices, _ in self._distinct(image, everything, "", model.image_size):
+            self._embed(model, slices.pixels)
+        return image.shape[3]
+
+    def _distinct(
+        self, image: torch.Tensor, asked: torch.Tensor, case: str, image_size: int
+    ) -> Iterator[tuple[_Slices, list[tuple[int, int]]]]:
+        """Prepare a case's slices chunk by chunk, each only where none before is like it.
+
+        Args:
+            image: `(C, H, W, D)`.
+            asked: which class is asked for in which slice, `(K, D)` bool.
+            case: its name.
+            image_size: side S of the network's input.
+
+        Yields:
+            The chunk's slices of which something new is asked, and the places of the others, each with the place of
+            the slice that it repeats.
+        """
+        seen: dict[tuple[object, ...], int] = {}
+        for places in self._chunks(image.shape[3]):
+            pixels = network_slices(image[..., places[0] : places[-1] + 1], image_size)
+            slices = _Slices(case, places, pixels, asked[:, places])
+            sources = [seen.setdefault(_identity(slices, row), place) for row, place in enumerate(places)]
+            new = [row for row, place in enumerate(places) if sources[row] == place and slices.asked[:, row].any()]
+            repeated = [(place, source) for place, source in zip(places, sources, strict=True) if place != source]
+            yield slices.some(new), repeated
+
+    def _choose(self, network: torch.nn.Module) -> AutoMedSAM | OnnxNetwork:
+        """Give the network as the runtime computes it."""
+        model = cast(AutoMedSAM, getattr(network, "module", network))
+        if self._chosen is None or self._chosen[0] is not model:
+            self._chosen = model, choose_runtime(model, runtime=self.runtime, checkpoint=self.checkpoint)
+        return self._chosen[1]
+
+    def _mixed(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Give the context of the precision; that of float32 leaves what the caller has set."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        require_bfloat16(device)
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    def _chunks(self, depth: int) -> Iterator[list[int]]:
+        """Divide the slices into those that are prepared together, with a bar where there are several."""
+        step = self.slices_at_once if self.store is None else self.store.shape.slices_a_shard
+        with tqdm(total=depth, desc="slices", leave=False, disable=not self.progress or depth <= step) as bar:
+            for start in range(0, depth, step):
+                places = list(range(start, min(start + step, depth)))
+                yield places
+                bar.update(len(places))
 
     def _segment(
         self,
-        model: AutoMedSAM,
-        image: torch.Tensor,
+        model: AutoMedSAM | OnnxNetwork,
+        slices: _Slices,
         ids: Sequence[int],
-        asked: torch.Tensor | None,
-        first: int,
-        case: str,
-    ) -> torch.Tensor:
-        """Segment n slices (C, H, W, n): logits (n, K, H, W)."""
-        _, height, width, count = image.shape
-        embedding = model.encode_image(network_slices(image, model.image_size).to(image.device))
-        answer = image.new_full((count, len(ids), height, width), ABSENT_LOGIT)
-        for rows, columns in self._questions(count, len(ids), asked):
-            asked_ids = torch.tensor([ids[column] for column in columns], device=image.device)
-            places = [(case, first + row, ids[column]) for row in rows for column in columns]
-            noise = self._noise(model, places, (len(rows), len(columns)), image.device)
-            prompts = model.encode_classes(embedding[rows], asked_ids.expand(len(rows), -1), noise=noise)
-            squares, _ = model.decode(embedding[rows], prompts)  # (B, K, S, S)
-            restored = restore_from_square(squares, size=model.image_size, original=(height, width))
-            answer[torch.tensor(rows)[:, None], torch.tensor(columns)] = restored.to(answer.dtype)
-        return answer
+        answers: CaseAnswers,
+        original: tuple[int, int],
+    ) -> None:
+        """Ask for classes `ids` in n slices of `original` rows and columns."""
+        embeddings = self._embed(model, slices.pixels)
+        for rows, columns in self._questions(slices.asked):
+            embedding = embeddings[rows]
+            asked_ids = torch.tensor([ids[column] for column in columns], device=embedding.device)
+            places = [(slices.case, slices.places[row], ids[column]) for row in rows for column in columns]
+            draws = []
+            for sample in range(self.samples):
+                noise = self._noise(model, places, sample, (len(rows), len(columns)), embedding.device)
+                prompts = model.encode_classes(embedding, asked_ids.expand(len(rows), -1), noise=noise)
+                squares, _ = model.decode(embedding, prompts)  # (B, K, S, S)
+                draws.append(restore_from_square(squares.float(), size=model.image_size, original=original))
+            answers.put([slices.places[row] for row in rows], columns, draws)
 
-    def _questions(self, count: int, classes: int, asked: torch.Tensor | None) -> Iterator[tuple[list[int], list[int]]]:
+    def _embed(self, model: AutoMedSAM | OnnxNetwork, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed slices (n, 3, S, S), through the store where there is one: (n, 256, h, w)."""
+
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([model.encode_image(some) for some in images.split(self.slices_at_once)])
+
+        if not len(pixels):
+            return pixels
+        if self.store is None:
+            return encode(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):  # what is kept is good for every precision
+            return self.store.recall(pixels, encode).to(pixels)
+
+    def _questions(self, asked: torch.Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """Bundle what is asked: slices with the same classes, so that each slice's classes share what they can.
 
         Args:
-            count: n slices.
-            classes: K classes.
-            asked: `(K, n)` bool; None for all.
+            asked: `(K, n)` bool, which class is asked for in which slice.
 
         Yields:
             Slices and classes, of which each slice is asked for each class: at most `prompts_at_once` questions.
         """
         bundles: dict[tuple[int, ...], list[int]] = {}
-        for row in range(count):
-            columns = tuple(column for column in range(classes) if asked is None or bool(asked[column, row]))
+        for row, wanted in enumerate(asked.T.tolist()):
+            columns = tuple(column for column, is_asked in enumerate(wanted) if is_asked)
             bundles.setdefault(columns, []).append(row)
         for columns, rows in bundles.items():
             for start in range(0, len(columns), self.prompts_at_once):
@@ -138,14 +260,26 @@ class ClassPromptInferer(Inferer):
 
     def _noise(
         self,
-        model: AutoMedSAM,
+        model: AutoMedSAM | OnnxNetwork,
         places: Sequence[tuple[str, int, int]],
+        sample: int,
         shape: tuple[int, int],
         device: torch.device,
     ) -> torch.Tensor | None:
         """Draw the noise (B, K, 256, h, w) of B x K (case, slice, class), each from a seed of its own."""
         if self.noise_seed is None:
             return None
-        seeds = torch.tensor([_seed_of(self.noise_seed, *place) for place in places])
+        seeds = torch.tensor([_seed_of(self.noise_seed, *place, sample) for place in places])
         noise = diffusion_noise(seeds, prompts=1, grid_size=model.grid_size)  # (B K, 1, C, h, w)
         return noise.reshape(*shape, *noise.shape[2:]).to(device)
+
+
+def _identity(slices: _Slices, row: int) -> tuple[object, ...]:
+    """Name a slice by its pixels and by what is asked of it."""
+    return slices_key(slices.pixels[row].cpu()), *slices.asked[:, row].tolist()
+
+
+def _seed_of(*parts: object) -> int:
+    """Make one seed of several numbers or names, the same everywhere."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")

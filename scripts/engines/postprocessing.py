@@ -1,7 +1,7 @@
 """From logits to what a person opens: label map, names, colours, probability maps, an overlay picture."""
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from scripts.data.components import remove_small_components, smallest_sizes
 from scripts.data.vocabulary import ClassEntry, Vocabulary
 from scripts.data.writing import (
     prepare_output_folder,
+    write_class_maps,
     write_colour_table,
     write_label_map,
     write_labels_json,
-    write_probability_maps,
 )
-from scripts.report.pictures import overlay_picture
+from scripts.report.pictures import choose_slices, overlay_picture
 
 logger = logging.getLogger(__name__)
-THRESHOLD = 0.5  # of the probability
+LOGIT_OF_HALF = 0.0  # a voxel belongs to a class whose probability is above one half
 
 
 class LogitsToMasksd(MapTransform):
@@ -33,19 +33,22 @@ class LogitsToMasksd(MapTransform):
         """Give a copy of `data` with bool masks of the same shape."""
         result = dict(data)
         for key in self.key_iterator(result):
-            result[key] = convert_to_tensor(result[key], track_meta=False) > 0  # the logit of 0.5
+            result[key] = convert_to_tensor(result[key], track_meta=False) > LOGIT_OF_HALF
         return result
 
 
 class LogitsToLabelMapd(MapTransform):
     """Merge logits (K, H, W, D) into one label map; where classes overlap, the more probable one wins.
 
+    Slice by slice, since the probabilities of a whole volume would take several times the memory of its logits.
+
     Args:
         keys: of the logits; the map (1, H, W, D) of class ids takes their place.
         classes_key: of the class ids of the channels.
-        probability_key: where the probabilities (K, H, W, D) go.
         smallest: voxels in the volume and pixels in the slice of the smallest object of a class that stays in the map,
-            see `remove_small_components`; [0, 0] leaves all. The probabilities stay as they are.
+            see `remove_small_components`; [0, 0] leaves all. The logits stay as they are.
+        keep_logits: whether the logits go on under `logits_key`.
+        logits_key: where they go.
 
     Raises:
         ConfigError: `smallest` is not two whole numbers of 0 or more.
@@ -56,35 +59,46 @@ class LogitsToLabelMapd(MapTransform):
         keys: KeysCollection = "pred",
         *,
         classes_key: str = "class_ids",
-        probability_key: str = "probability",
         smallest: Sequence[int] = (0, 0),
+        keep_logits: bool = False,
+        logits_key: str = "logits",
     ) -> None:
         super().__init__(keys)
         self.classes_key = classes_key
-        self.probability_key = probability_key
         self.voxels, self.pixels = smallest_sizes(smallest)
+        self.keep_logits = keep_logits
+        self.logits_key = logits_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Give a copy of `data` with label map and probabilities."""
+        """Give a copy of `data` with the label map."""
         result = dict(data)
         for key in self.key_iterator(result):
-            probability = torch.sigmoid(convert_to_tensor(result[key], track_meta=False).float())
-            # Small objects go before the classes compete, so that what lies under them comes to light.
-            highest, winner = self._without_small(probability).max(dim=0, keepdim=True)  # (1, H, W, D)
-            ids = torch.tensor(result[self.classes_key], dtype=torch.uint8, device=winner.device)
-            labels = torch.where(highest > THRESHOLD, ids[winner], torch.zeros_like(ids[0]))
+            logits = convert_to_tensor(result[key], track_meta=False)
+            ids = torch.tensor(result[self.classes_key], dtype=torch.uint8, device=logits.device)
             # With room for metadata, because MONAI's Invertd passes plain tensors by.
-            result[key] = convert_to_tensor(labels, track_meta=True)
-            result[self.probability_key] = convert_to_tensor(probability, track_meta=True)
+            result[key] = convert_to_tensor(self._merge(logits, ids), track_meta=True)
+            if self.keep_logits:
+                result[self.logits_key] = convert_to_tensor(logits, track_meta=True)
         return result
 
-    def _without_small(self, probability: torch.Tensor) -> torch.Tensor:
-        """Give probabilities (K, H, W, D) that are 0 in small objects."""
+    def _merge(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Let the classes (K,) compete for each voxel: ids (1, H, W, D), 0 for none."""
+        small = self._small(logits)
+        labels = torch.zeros((1, *logits.shape[1:]), dtype=torch.uint8, device=logits.device)
+        for place in range(logits.shape[3]):
+            # Small objects go before the classes compete, so that what lies under them comes to light.
+            competing = logits[..., place] if small is None else logits[..., place].masked_fill(small[..., place], -1)
+            highest, winner = competing.max(dim=0)  # (H, W)
+            labels[0, ..., place] = torch.where(highest > LOGIT_OF_HALF, ids[winner], 0)
+        return labels
+
+    def _small(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Find the objects that are too small, (K, H, W, D) bool; None where none can be."""
         if max(self.voxels, self.pixels) <= 1:
-            return probability
-        masks = convert_to_numpy(probability > THRESHOLD)
+            return None
+        masks = convert_to_numpy(logits > LOGIT_OF_HALF)
         small = masks & ~remove_small_components(masks, voxels=self.voxels, pixels=self.pixels)
-        return probability.masked_fill(torch.from_numpy(small).to(probability.device), 0)
+        return torch.from_numpy(small).to(logits.device)
 
 
 class DrawOverlayd(Transform):
@@ -102,13 +116,15 @@ class DrawOverlayd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the picture; `data` passes unchanged."""
         folder = prepare_output_folder(self.output_dir)
-        labels = convert_to_numpy(data["pred"])[0]
+        labels = convert_to_numpy(data["pred"])  # (1, H, W, D)
+        places = choose_slices(labels)  # first, since the masks of a whole volume would take K times its memory
         overlay_picture(
-            convert_to_numpy(data["image"]),
-            np.stack([labels == class_id for class_id in data["class_ids"]]),
+            convert_to_numpy(data["image"])[..., places],
+            np.concatenate([labels[..., places] == class_id for class_id in data["class_ids"]]),
             classes=[self.vocabulary.entry(class_id) for class_id in data["class_ids"]],
             path=folder / f"{data['case']}_overlay.png",
             title=str(data["case"]),
+            chosen=(places, labels.shape[-1]),
         )
         return dict(data)
 
@@ -121,7 +137,8 @@ class SaveImageSegmentationd(Transform):
     Args:
         vocabulary: names and colours.
         output_dir: where the files go.
-        probability_maps: whether to write each class's probabilities too; overlapping classes stay apart there.
+        probability_maps: whether to write each class's probabilities too, of the logits under `logits`; overlapping
+            classes stay apart there. Their uncertainty is written wherever there is one, under `uncertainty`.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, output_dir: str | Path, probability_maps: bool = False) -> None:
@@ -146,12 +163,20 @@ class SaveImageSegmentationd(Transform):
             "planar": bool(meta["picture"]),
         }
         path = write_label_map(convert_to_numpy(data["pred"])[0].astype(np.uint8), **place)
+        names = [entry.name for entry in classes]
         if self.probability_maps:
-            write_probability_maps(
-                convert_to_numpy(data["probability"]), class_names=[entry.name for entry in classes], **place
-            )
+            write_class_maps(probabilities(data["logits"]), kind="prob", class_names=names, **place)
+        if "uncertainty" in data:
+            spreads = (convert_to_numpy(spread.float()) for spread in data["uncertainty"])
+            write_class_maps(spreads, kind="uncertainty", class_names=names, **place)
         self.written |= {entry.id: entry for entry in classes}
         write_labels_json(self.written.values(), folder)
         write_colour_table(self.written.values(), folder)
         logger.info("wrote %s", path.name)
         return dict(data)
+
+
+def probabilities(logits: torch.Tensor) -> Iterator[np.ndarray]:
+    """Give each class's probabilities (H, W, D) of logits (K, H, W, D), one class at a time, in single precision."""
+    for of_class in logits:
+        yield convert_to_numpy(torch.sigmoid(convert_to_tensor(of_class, track_meta=False).float()))

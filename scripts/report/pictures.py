@@ -46,6 +46,7 @@ def overlay_picture(
     truth: np.ndarray | None = None,
     title: str | None = None,
     columns: int = 4,
+    chosen: tuple[Sequence[int], int] | None = None,
 ) -> Path:
     """Draw predicted masks over an image, slice by slice, and write the picture as PNG.
 
@@ -62,6 +63,7 @@ def overlay_picture(
         truth: masks to compare with, of the same shape, or None.
         title: a line above the panels.
         columns: panels in a row.
+        chosen: where D is a choice of slices already, their indices in the volume and its number of slices.
 
     Returns:
         The file written.
@@ -73,10 +75,11 @@ def overlay_picture(
     _check_shapes(image, masks, truth, len(classes))
     colours = [entry.colour for entry in classes]
     panels = []
-    for index in choose_slices(masks, truth):
+    numbers, count = (range(image.shape[-1]), image.shape[-1]) if chosen is None else chosen
+    for index in choose_slices(masks, truth) if chosen is None else range(image.shape[-1]):
         expected = None if truth is None else truth[..., index]
         panel = _draw_panel(image[..., index], masks[..., index], expected, colours)
-        panels.append(_number_panel(panel, index, image.shape[-1]))
+        panels.append(_number_panel(panel, numbers[index], count))
     picture = _compose(panels, _legend_items(classes, truth is not None), title, columns)
     target = Path(path)
     with atomic_path(target) as temporary:
@@ -88,7 +91,7 @@ def choose_slices(masks: np.ndarray, truth: np.ndarray | None = None) -> list[in
     """Choose the slices that show most: at most eight, spread evenly over those with a mask.
 
     Args:
-        masks: predictions ``(K, H, W, D)``, non-zero inside.
+        masks: predictions ``(K, H, W, D)``, non-zero inside; a label map ``(1, H, W, D)`` will do.
         truth: masks to compare with, of the same shape, or None.
 
     Returns:

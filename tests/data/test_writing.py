@@ -37,8 +37,8 @@ def write_labels(labels, folder, *, affine=PLANAR_AFFINE, planar=False):
 
 
 def write_probabilities(probabilities, names, folder, *, affine=PLANAR_AFFINE, planar=False):
-    return writing.write_probability_maps(
-        probabilities, class_names=names, folder=folder, stem="case", affine=affine, planar=planar
+    return writing.write_class_maps(
+        probabilities, kind="prob", class_names=names, folder=folder, stem="case", affine=affine, planar=planar
     )
 
 
@@ -236,10 +236,21 @@ def test_probabilities_of_an_image_are_bytes_in_rows_and_columns(tmp_path):
         assert np.count_nonzero(picture) == 5
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4, 1), (1, 4, 4)])
-def test_probabilities_that_do_not_fit_the_names_are_a_defect(tmp_path, shape):
-    with pytest.raises(ValueError, match="expected probabilities"):
+@pytest.mark.parametrize(
+    ("shape", "reason"), [((2, 4, 4, 1), "longer"), ((0, 4, 4, 1), "shorter"), ((1, 4, 4), "expected a map")]
+)
+def test_probabilities_that_do_not_fit_the_names_are_a_defect(tmp_path, shape, reason):
+    with pytest.raises(ValueError, match=reason):
         write_probabilities(np.zeros(shape), ["liver"], tmp_path)
+    assert file_names(tmp_path) == []
+
+
+def test_uncertainties_have_names_of_their_own_and_are_taken_one_by_one(tmp_path):
+    maps = (np.full((4, 3, 2), 0.25, np.float32) for _ in range(2))
+    place = {"folder": tmp_path, "stem": "case", "affine": PLANAR_AFFINE, "planar": False}
+    writing.write_class_maps(maps, kind="uncertainty", class_names=["liver", "left kidney"], **place)
+    assert file_names(tmp_path) == ["case_uncertainty_left_kidney.nii.gz", "case_uncertainty_liver.nii.gz"]
+    assert np.unique(nibabel.load(tmp_path / "case_uncertainty_liver.nii.gz").dataobj) == [0.25]
 
 
 # --- names and colours

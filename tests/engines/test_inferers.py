@@ -1,16 +1,20 @@
 """Whole cases: the answer must be that of the network alone, however slices and prompts are bundled."""
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from monai.data import MetaTensor
 from torch import nn
 
+from scripts.data.embeddings import EmbeddingShape, EmbeddingStore
 from scripts.data.fitting import network_slices, restore_from_square
-from scripts.engines.inferers import ABSENT_LOGIT, ClassPromptInferer
+from scripts.engines.answers import ABSENT_LOGIT, CaseAnswers, SampledLogits
+from scripts.engines.inferers import ClassPromptInferer
+from scripts.errors import ConfigError, OutputError
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # what other sums in other orders may change
+HALF = {"rtol": 1e-3, "atol": 1e-5}  # the answer is in half precision, with 11 bits
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_the_answer_is_that_of_the_network_slice_by_slice_and_class_by_class(
     logits = ClassPromptInferer()(image, network, class_ids=class_ids)
     assert logits.shape == (1, len(class_ids), *shape[1:])
     assert logits.std() > 1e-3
-    torch.testing.assert_close(logits, one_by_one(network, image, class_ids), **CLOSE)
+    torch.testing.assert_close(logits.float(), one_by_one(network, image, class_ids), **HALF)
 
 
 @pytest.mark.parametrize("slices_at_once", [1, 2, 5, 100])
@@ -61,7 +65,7 @@ def test_bundling_does_not_change_the_answer(network, volume, slices_at_once, pr
     asked = {"class_ids": [1, 2, 4], "presence": presence, "case": "a"}
     expected = ClassPromptInferer(slices_at_once=3, prompts_at_once=5, noise_seed=noise_seed)(volume, network, **asked)
     inferer = ClassPromptInferer(slices_at_once=slices_at_once, prompts_at_once=prompts_at_once, noise_seed=noise_seed)
-    torch.testing.assert_close(inferer(volume, network, **asked), expected, **CLOSE)
+    torch.testing.assert_close(inferer(volume, network, **asked), expected, **HALF)
 
 
 def count_rows(module):
@@ -105,14 +109,55 @@ def test_what_is_not_asked_for_comes_out_absent_and_the_rest_as_ever(network, vo
     )
     where = presence[:, :, None, None, :].expand_as(some)
     assert (some[~where] == ABSENT_LOGIT).all()
-    torch.testing.assert_close(some[where], everything[where], **CLOSE)
+    torch.testing.assert_close(some[where], everything[where], **HALF)
     assert torch.sigmoid(torch.tensor(ABSENT_LOGIT).half()) == 0
 
 
-def test_no_question_at_all_is_no_class_at_all(network, volume):
+def test_no_question_at_all_is_no_class_at_all_and_nothing_is_encoded(network, volume):
     nothing = torch.zeros((1, 3, 5), dtype=torch.bool)
+    encoded, hook = count_rows(network.image_encoder)
     logits = ClassPromptInferer()(volume, network, class_ids=[1, 2, 4], presence=nothing)
+    hook.remove()
     assert (logits == ABSENT_LOGIT).all()
+    assert encoded == []
+
+
+@pytest.fixture
+def padded(volume):
+    """The volume between empty slices, one of them of another value; and its second slice once more at the end."""
+    empty = torch.zeros_like(volume[..., :2])
+    return torch.cat((empty, volume, empty + 7, volume[..., 1:2]), dim=-1)  # places 0, 1 | 2 to 6 | 7, 8 | 9
+
+
+@pytest.mark.parametrize("slices_at_once", [1, 3, 100])
+@pytest.mark.parametrize("noise", [{}, {"noise_seed": 3}, {"noise_seed": 3, "samples": 2}])
+def test_slices_that_are_alike_are_asked_for_once_and_have_the_same_answer(network, padded, slices_at_once, noise):
+    encoded, first = count_rows(network.image_encoder)
+    decoded, second = count_rows(network.mask_decoder)
+    answer = ClassPromptInferer(slices_at_once=slices_at_once, **noise)(padded, network, class_ids=[1, 4], case="a")
+    first.remove()
+    second.remove()
+    assert sum(encoded) == 6  # five of the volume and one empty one
+    assert sum(decoded) == 6 * 2 * noise.get("samples", 1)
+    for values in answer if isinstance(answer, SampledLogits) else [answer]:
+        for place, source in ((1, 0), (7, 0), (8, 0), (9, 3)):
+            assert torch.equal(values[..., place], values[..., source])
+        assert not torch.equal(values[..., 2], values[..., 3])
+
+
+def test_leaving_out_what_is_alike_does_not_change_the_answer(network, padded):
+    logits = ClassPromptInferer()(padded, network, class_ids=[1, 4])
+    torch.testing.assert_close(logits.float(), one_by_one(network, padded, [1, 4]), **HALF)
+
+
+def test_slices_alike_of_which_other_classes_are_asked_keep_their_own_answers(network, padded):
+    presence = torch.ones((1, 2, 10), dtype=torch.bool)
+    presence[0, 0, 0] = presence[0, 1, 1] = presence[0, :, 7] = False
+    logits = ClassPromptInferer()(padded, network, class_ids=[1, 4], presence=presence)
+    everything = one_by_one(network, padded, [1, 4])
+    where = presence[:, :, None, None, :].expand_as(logits)
+    assert (logits[~where] == ABSENT_LOGIT).all()
+    torch.testing.assert_close(logits[where].float(), everything[where], **HALF)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +201,7 @@ def test_another_seed_or_case_has_another_noise(network, volume, change):
 def test_the_noise_is_the_same_in_every_process(network, volume):
     """Python's own hash of a name is another in every process; this seed is not."""
     noise = noise_of(network, volume, noise_seed=7, class_ids=(4,), case="a")
-    seed = int.from_bytes(hashlib.sha256(b"(7, 'a', 3, 4)").digest()[:7], "big")
+    seed = int.from_bytes(hashlib.sha256(b"(7, 'a', 3, 4, 0)").digest()[:7], "big")
     expected = torch.randn((256, 4, 4), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(noise[3], expected)
 
@@ -192,3 +237,153 @@ def test_a_network_wrapped_for_several_processes_is_unwrapped(network, volume):
 
 def test_metadata_of_the_image_does_not_get_into_the_answer(network, volume):
     assert type(ClassPromptInferer()(MetaTensor(volume), network, class_ids=[2])) is torch.Tensor
+
+
+# --- several draws of noise
+
+
+def test_several_samples_give_the_mean_and_spread_of_the_probability(build_network, volume):
+    network = build_network(class_ids=(1, 4), preset="release").eval().requires_grad_(False)  # with much noise
+    asked = {"class_ids": [1, 4], "case": "a"}
+    answer = ClassPromptInferer(noise_seed=7, samples=3)(volume, network, **asked)
+    draws = torch.stack([single_draw(network, volume, sample, **asked) for sample in range(3)])
+    alone = ClassPromptInferer(noise_seed=7)(volume, network, **asked)
+    torch.testing.assert_close(draws[0], alone.float(), **HALF)
+    probability = torch.sigmoid(draws)
+    torch.testing.assert_close(torch.sigmoid(answer.logits.float()), probability.mean(0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(answer.uncertainty.float(), probability.std(0, correction=0), rtol=2e-2, atol=2e-5)
+    assert answer.uncertainty.max() > 1e-4
+    assert answer.logits.shape == answer.uncertainty.shape == (1, 2, 12, 20, 5)
+
+
+def single_draw(network, volume, sample, *, class_ids, case):
+    """The logits of one draw of noise, in single precision, slice by slice and class by class."""
+    rows = []
+    for place in range(volume.shape[-1]):
+        square = network_slices(volume[0, ..., place : place + 1], network.image_size)
+        for class_id in class_ids:
+            digest = hashlib.sha256(repr((7, case, place, class_id, sample)).encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            noise = torch.randn((1, 1, 256, 4, 4), generator=generator)
+            rows.append(network(square, class_ids=torch.tensor([[class_id]]), noise=noise).logits[0, 0])
+    squares = torch.stack(rows).unflatten(0, (volume.shape[-1], len(class_ids)))  # (D, K, S, S)
+    restored = restore_from_square(squares, size=network.image_size, original=tuple(volume.shape[2:4]))
+    return restored.permute(1, 2, 3, 0).unsqueeze(0).half().float()
+
+
+def test_each_slice_is_encoded_once_for_all_samples(network, volume):
+    encoded, hook = count_rows(network.image_encoder)
+    ClassPromptInferer(noise_seed=1, samples=4, slices_at_once=5)(volume, network, class_ids=[1, 2])
+    hook.remove()
+    assert encoded == [5]
+
+
+def test_what_is_not_asked_for_is_certainly_absent(network, volume):
+    presence = torch.ones((1, 1, 5), dtype=torch.bool)
+    presence[..., 2] = False
+    answer = ClassPromptInferer(noise_seed=1, samples=2)(volume, network, class_ids=[1], presence=presence)
+    assert (answer.logits[..., 2] == ABSENT_LOGIT).all()
+    assert (answer.uncertainty[..., 2] == 0).all()
+
+
+def test_draws_that_contradict_each_other_by_hand():
+    answers = CaseAnswers((1, 2, 1), classes=1, samples=2, device=torch.device("cpu"))
+    answers.put([0], [0], [torch.tensor([[[[90.0, 0.0]]]]), torch.tensor([[[[-90.0, 0.0]]]])])
+    logits, uncertainty = answers.result()
+    assert logits.flatten().tolist() == [0, 0]
+    assert uncertainty.flatten().tolist() == [0.5, 0]
+
+
+def test_a_sure_mean_is_a_number():
+    answers = CaseAnswers((1, 2, 1), classes=1, samples=2, device=torch.device("cpu"))
+    answers.put([0], [0], [torch.tensor([[[[900.0, -900.0]]]])] * 2)
+    assert answers.result().logits.flatten().tolist() == pytest.approx([16, -16], abs=0.2)
+
+
+@pytest.mark.parametrize("settings", [{"samples": 0}, {"samples": 2}, {"samples": -1, "noise_seed": 1}])
+def test_samples_need_a_seed(settings):
+    with pytest.raises(ConfigError, match="expected 1 sample, or more and a noise_seed"):
+        ClassPromptInferer(**settings)
+
+
+# --- embeddings in the store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return EmbeddingStore(tmp_path, encoder="e", shape=EmbeddingShape(channels=256, rows=4, columns=4))
+
+
+def test_from_the_store_the_answer_is_the_same_and_nothing_is_encoded(network, volume, store):
+    plain = ClassPromptInferer()(volume, network, class_ids=[1, 2])
+    inferer = ClassPromptInferer(slices_at_once=2)
+    inferer.store = store
+    encoded, hook = count_rows(network.image_encoder)
+    first = inferer(volume, network, class_ids=[1, 2])
+    assert encoded == [2, 2, 1]
+    second = inferer(volume, network, class_ids=[1, 2])
+    hook.remove()
+    assert encoded == [2, 2, 1]
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, plain, rtol=1e-2, atol=5e-3)  # embeddings in half precision
+
+
+def test_the_store_holds_what_was_embedded_beforehand(network, padded, store):
+    inferer = ClassPromptInferer()
+    inferer.store = store
+    assert inferer.embed(padded, network) == 10
+    encoded, hook = count_rows(network.image_encoder)
+    inferer(padded, network, class_ids=[1, 2])
+    hook.remove()
+    assert encoded == []
+
+
+def test_a_damaged_shard_is_named_and_made_anew(network, volume, store, caplog):
+    inferer = ClassPromptInferer()
+    inferer.store = store
+    expected = inferer(volume, network, class_ids=[1])
+    (shard,) = store.folder.iterdir()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3] + b"xyz")
+    assert torch.equal(inferer(volume, network, class_ids=[1]), expected)
+    assert shard.name in caplog.text
+    assert shard.read_bytes() == whole
+
+
+def test_a_full_disk_is_told_before_anything_is_encoded(network, volume, store, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    inferer = ClassPromptInferer()
+    inferer.store = store
+    encoded, hook = count_rows(network.image_encoder)
+    with pytest.raises(OutputError, match="free space"):
+        inferer(volume, network, class_ids=[1])
+    hook.remove()
+    assert encoded == []
+
+
+# --- precision and runtime
+
+
+def test_an_unknown_precision():
+    with pytest.raises(ConfigError, match="'float32' or 'bfloat16', not 'half'"):
+        ClassPromptInferer(precision="half")
+
+
+def test_mixed_precision_is_pytorchs_own():
+    with pytest.raises(ConfigError, match="of the runtime torch, not of onnx"):
+        ClassPromptInferer(precision="bfloat16", runtime="onnx")
+
+
+def test_bfloat16_where_the_processor_has_none_is_refused(network, volume, monkeypatch):
+    monkeypatch.setattr("scripts.engines.acceleration.cpu_has_bfloat16", lambda: False)
+    with pytest.raises(ConfigError, match="cpu has no instructions for it"):
+        ClassPromptInferer(precision="bfloat16")(volume, network, class_ids=[1])
+
+
+def test_bfloat16_is_close_and_leaves_the_default_alone(network, volume, monkeypatch):
+    monkeypatch.setattr("scripts.engines.acceleration.cpu_has_bfloat16", lambda: True)
+    exact = ClassPromptInferer()(volume, network, class_ids=[1])
+    mixed = ClassPromptInferer(precision="bfloat16")(volume, network, class_ids=[1])
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)
+    assert torch.equal(ClassPromptInferer()(volume, network, class_ids=[1]), exact)

@@ -13,7 +13,13 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from PIL import Image
 
 from scripts.data.vocabulary import Vocabulary
-from scripts.engines.postprocessing import DrawOverlayd, LogitsToLabelMapd, LogitsToMasksd, SaveImageSegmentationd
+from scripts.engines.postprocessing import (
+    DrawOverlayd,
+    LogitsToLabelMapd,
+    LogitsToMasksd,
+    SaveImageSegmentationd,
+    probabilities,
+)
 from scripts.errors import ConfigError, OutputError
 
 SURE = 4.0  # a logit
@@ -67,14 +73,30 @@ def test_the_more_probable_class_wins_and_below_one_half_is_nothing():
     assert result["pred"].shape == (1, 1, 7, 1)
     assert result["pred"].dtype == torch.uint8
     assert result["pred"].flatten().tolist() == [0, 4, 10, 4, 10, 0, 0]
-    assert torch.allclose(result["probability"].flatten(1), 1 / (1 + torch.exp(-logits)))
     assert torch.equal(data["pred"].flatten(1), logits)
+    assert "logits" not in result
 
 
-def test_half_precision_logits_give_full_precision_probabilities():
-    result = LogitsToLabelMapd()({"pred": torch.full((1, 1, 1, 1), 0.01).half(), "class_ids": [2]})
-    assert result["probability"].dtype == torch.float32
-    assert result["pred"].item() == 2
+def test_the_logits_go_on_where_they_are_wanted():
+    logits = torch.randn((2, 3, 4, 2), generator=torch.Generator().manual_seed(0)).half()
+    result = LogitsToLabelMapd(keep_logits=True)({"pred": logits, "class_ids": [2, 3]})
+    assert torch.equal(result["logits"].as_tensor(), logits)
+    assert isinstance(result["logits"], MetaTensor)
+
+
+def test_probabilities_are_in_full_precision_class_by_class():
+    logits = torch.tensor([[0.01, -2.0], [9.0, -1e4]]).half().reshape(2, 2, 1, 1)
+    maps = list(probabilities(logits))
+    assert [values.dtype for values in maps] == [np.float32] * 2
+    expected = 1 / (1 + np.exp(-logits.double().numpy()))
+    assert np.allclose(np.stack(maps), expected, atol=1e-7)
+
+
+def test_each_slice_of_a_volume_has_its_own_competition():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn((3, 5, 4, 6), generator=generator)
+    expected = torch.where(logits.amax(0) > 0, torch.tensor(IDS)[logits.argmax(0)], 0)
+    assert torch.equal(LogitsToLabelMapd()({"pred": logits, "class_ids": IDS})["pred"][0].long(), expected)
 
 
 def two_islands():
@@ -95,12 +117,12 @@ def test_islands_stay_that_are_large_enough(smallest):
 
 
 def test_what_lies_under_a_small_island_comes_to_light():
-    result = LogitsToLabelMapd(smallest=(0, 4))({"pred": two_islands(), "class_ids": [4, 10]})
+    result = LogitsToLabelMapd(smallest=(0, 4), keep_logits=True)({"pred": two_islands(), "class_ids": [4, 10]})
     labels = result["pred"][0, ..., 0]
     assert labels[:2, :4].unique().tolist() == [10]
     assert labels[2:6, 5:8].unique().tolist() == [4]
     assert labels.count_nonzero() == 8 + 12
-    assert torch.equal(result["probability"].as_tensor(), torch.sigmoid(two_islands()))
+    assert torch.equal(result["logits"].as_tensor(), two_islands())
 
 
 def test_islands_are_counted_in_space_too():
@@ -191,6 +213,21 @@ def test_no_probability_maps_unless_asked_for(there_and_back, tmp_path):
         "scan_overlay.png",
         "scan_seg.nii.gz",
     ]
+
+
+def test_uncertainties_come_back_to_their_own_voxels(there_and_back, tmp_path):
+    labels = blobs((9, 14, 6))
+    affine = write_volume(tmp_path / "scan.nii.gz", labels.shape, "RPS")
+    before, after = there_and_back()
+    case = before({"case": "scan", "image": str(tmp_path / "scan.nii.gz"), "modality": "CT"}) | {"class_ids": IDS}
+    shown = for_display(labels, affine)
+    masks = np.stack([shown == class_id for class_id in IDS])
+    uncertainty = torch.from_numpy(np.where(masks, 0.5, 0.125)).half()
+    after({**case, "pred": logits_of(shown), "uncertainty": uncertainty})
+    for class_id, name in zip(IDS, ("liver", "pancreas", "right_kidney"), strict=True):
+        written = nibabel.load(tmp_path / "out" / f"scan_uncertainty_{name}.nii.gz")
+        assert np.array_equal(written.get_fdata(), np.where(labels == class_id, 0.5, 0.125))
+        assert np.allclose(written.affine, affine, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

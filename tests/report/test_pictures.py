@@ -255,6 +255,18 @@ def test_failure_midway_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_slices_chosen_beforehand_give_the_same_picture(tmp_path):
+    image = grey_image(8, 6, depth=30) + np.arange(30)
+    masks = empty_masks(2, 8, 6, 30)
+    masks[0, 2:5, 1:4, 3:25:2] = masks[1, 1:3, 2:6, 20:] = True
+    places = choose_slices(masks)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "chosen").mkdir()
+    whole = draw(tmp_path / "whole", image, masks)
+    chosen = draw(tmp_path / "chosen", image[..., places], masks[..., places], chosen=(places, 30))
+    assert np.array_equal(whole, chosen)
+
+
 # --- real images
 
 
