@@ -175,6 +175,9 @@ class JointLoss(nn.Module):
                 continue
             if prediction.teacher is None:
                 raise ConfigError(f"the loss '{name}' needs the teacher's prompts: give the network the true boxes")
-            difference = getattr(prediction.prompts, kind) - getattr(prediction.teacher, kind)
+            prompts, teacher = getattr(prediction.prompts, kind), getattr(prediction.teacher, kind)
+            if prompts.shape != teacher.shape:
+                raise ConfigError(f"the loss '{name}' has nothing to compare: the network gives no {kind} prompts")
+            difference = prompts - teacher
             parts[name] = mean_over(difference.float().square().flatten(1).mean(dim=1), present)
         return parts

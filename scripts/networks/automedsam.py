@@ -35,6 +35,9 @@ class AutoMedSAM(nn.Module):
         preset: `paper` or `release`, see `ClassPromptEncoder`.
         channels: widths of the class prompt encoder's U-Net.
         diffusion_steps: T.
+        diffusion: False for the ablation of Table 6, see `ClassPromptEncoder`.
+        prompt_branches: which prompts the decoder gets, `both`, `dense` or `sparse` (Table 5). What is missing is as
+            for SAM without such a prompt: no tokens, or the embedding that stands for no mask.
         pixel_normalisation: `unit` leaves pixels in [0, 1], as MedSAM and LiteMedSAM were trained; `sam` takes SAM's
             mean and standard deviation off them, as SAM and MobileSAM were.
         train_image_encoder: whether the image encoder learns too. The papers freeze it; without pretrained weights
@@ -59,6 +62,8 @@ class AutoMedSAM(nn.Module):
         preset: Preset = "paper",
         channels: Sequence[int] = RELEASE_CHANNELS,
         diffusion_steps: int = DIFFUSION_STEPS,
+        diffusion: bool = True,
+        prompt_branches: Literal["both", "dense", "sparse"] = "both",
         pixel_normalisation: Literal["unit", "sam"] = "unit",
         train_image_encoder: bool = False,
     ) -> None:
@@ -67,6 +72,8 @@ class AutoMedSAM(nn.Module):
             raise ConfigError(f"class_ids must be distinct numbers from 1 up, not {list(class_ids)}")
         if pixel_normalisation not in ("unit", "sam"):
             raise ConfigError(f"pixel_normalisation is 'unit' or 'sam', not '{pixel_normalisation}'")
+        if prompt_branches not in ("both", "dense", "sparse"):
+            raise ConfigError(f"prompt_branches is 'both', 'dense' or 'sparse', not '{prompt_branches}'")
         if len(channels) != 3:
             raise ConfigError(f"channels are the three widths of the class prompt encoder, not {list(channels)}")
         first, second, middle = channels
@@ -77,11 +84,14 @@ class AutoMedSAM(nn.Module):
             "preset": preset,
             "channels": list(channels),
             "diffusion_steps": diffusion_steps,
+            "diffusion": diffusion,
+            "prompt_branches": prompt_branches,
             "pixel_normalisation": pixel_normalisation,
         }
         self.class_ids = tuple(sorted(class_ids))
         self.pixel_normalisation = pixel_normalisation
         self.train_image_encoder = train_image_encoder
+        self.prompt_branches = prompt_branches
         self.image_encoder = build_image_encoder(image_encoder, image_size=image_size)
         self.image_size: int = self.image_encoder.image_size  # type: ignore[assignment]
         self.grid_size: int = self.image_encoder.grid_size  # type: ignore[assignment]
@@ -90,6 +100,7 @@ class AutoMedSAM(nn.Module):
             preset=preset,
             channels=(first, second, middle),
             diffusion_steps=diffusion_steps,
+            diffusion=diffusion,
         )
         self.prompt_encoder = build_prompt_encoder(grid_size=self.grid_size, image_size=self.image_size)
         self.mask_decoder = build_mask_decoder()
@@ -160,12 +171,20 @@ class AutoMedSAM(nn.Module):
         timestep: torch.Tensor | None = None,
     ) -> PromptEmbeddings:
         """Make the prompts of classes `(B, K)` for embeddings `(B, 256, h, w)`: B x K rows, image by image."""
-        return self.class_prompt_encoder(
+        prompts = self.class_prompt_encoder(
             embedding,
             class_ids.flatten(),
             None if noise is None else noise.flatten(0, 1),
             None if timestep is None else timestep.flatten(),
         )
+        return prompts if self.prompt_branches == "both" else self._one_branch(prompts)
+
+    def _one_branch(self, prompts: PromptEmbeddings) -> PromptEmbeddings:
+        """Put in place of a branch that is left out what SAM's prompt encoder gives without such a prompt."""
+        if self.prompt_branches == "sparse":
+            absent = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            return PromptEmbeddings(prompts.sparse, absent.expand_as(prompts.dense))
+        return PromptEmbeddings(prompts.sparse[:, :0], prompts.dense)
 
     def encode_boxes(self, box: torch.Tensor) -> PromptEmbeddings:
         """Make SAM's own prompts of boxes `(B, K, 4)`, xyxy in pixels of the input: B x K rows, without gradient."""

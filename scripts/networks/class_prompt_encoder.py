@@ -144,6 +144,8 @@ class ClassPromptEncoder(nn.Module):
         preset: `paper` for the equations, `release` for the authors' file.
         channels: widths of the U-Net; the default is the authors'.
         diffusion_steps: T, 1 or more.
+        diffusion: whether the embedding is diffused towards the class before the U-Net. Without (the ablation of
+            Table 6) the U-Net takes F_I as it is, and the class enters where it is one more channel alone.
 
     Raises:
         ConfigError: an unknown preset, or no diffusion step.
@@ -156,6 +158,7 @@ class ClassPromptEncoder(nn.Module):
         preset: Preset = "paper",
         channels: tuple[int, int, int] = RELEASE_CHANNELS,
         diffusion_steps: int = DIFFUSION_STEPS,
+        diffusion: bool = True,
     ) -> None:
         super().__init__()
         if preset not in ("paper", "release"):
@@ -165,6 +168,7 @@ class ClassPromptEncoder(nn.Module):
         self.grid_size = grid_size
         self.preset = preset
         self.diffusion_steps = diffusion_steps
+        self.diffusion = diffusion
         self.fc_label = nn.Linear(1, grid_size * grid_size)
         self.unet = TwoBranchUNet(
             channels_in=EMBEDDING_CHANNELS + (1 if preset == "release" else 0),
@@ -197,13 +201,15 @@ class ClassPromptEncoder(nn.Module):
             Sparse `(N, 2, 256)` and dense `(N, 256, h, w)` embeddings with values >= 0.
         """
         class_map, bottom = self._class_maps(class_ids)
+        noise = noise if self.diffusion else None
         if timestep is None:
             timestep = torch.full_like(class_ids, self.diffusion_steps)
-        per_image = len(class_ids) // len(image_embedding)
+        count = class_ids.shape[0]  # not len(), which an exporter takes for a number that never changes
+        per_image = count // image_embedding.shape[0]
         of_images = self.unet.share(image_embedding) if noise is None else image_embedding
         width = EMBEDDING_CHANNELS * self.grid_size**2
         parts = []
-        for rows in pieces.slices(len(class_ids), width=width, like=image_embedding):
+        for rows in pieces.slices(count, width=width, like=image_embedding):
             images = images_of(of_images, rows, per_image)
             if noise is None:
                 first = self.unet.complete(images, class_map[rows], repeats=self._repeats)
@@ -216,6 +222,8 @@ class ClassPromptEncoder(nn.Module):
     @property
     def _repeats(self) -> int:
         """How often the class is added to the image embedding on its way to F_t or F_T."""
+        if not self.diffusion:
+            return 0
         return 1 if self.preset == "paper" else self.diffusion_steps
 
     def _class_maps(self, class_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

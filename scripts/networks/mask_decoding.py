@@ -58,14 +58,14 @@ class PromptMaskDecoder(MaskDecoder):
         Returns:
             Logits `(N, 4 h, 4 w)` and the estimated intersection over union `(N,)`.
         """
-        count, height, width = len(prompts.dense), *image_embedding.shape[2:]
+        count, (images_count, _, height, width) = prompts.dense.shape[0], image_embedding.shape
         embedding, positions, dense = (
             values.contiguous(memory_format=torch.channels_last)  # as the transformer takes them
             for values in (image_embedding, positional_encoding, prompts.dense)
         )
         parts = []
         for rows in pieces.slices(count, width=ATTENTION_CHANNELS * height * width, like=embedding):
-            images = images_of(embedding, rows, count // len(embedding))
+            images = images_of(embedding, rows, count // images_count)
             parts.append(self._decode(images + dense[rows], positions, prompts.sparse[rows]))
         logits, quality = (pieces.join(part) for part in zip(*parts, strict=True))
         return logits, quality

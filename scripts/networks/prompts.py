@@ -44,7 +44,7 @@ def images_of(images: torch.Tensor, prompts: slice, per_image: int) -> torch.Ten
     Returns:
         `(n, ...)` for n prompts; not to be written to.
     """
-    if len(images) == 1:
+    if images.shape[0] == 1:
         return images.expand(prompts.stop - prompts.start, *images.shape[1:])
     if per_image == 1:
         return images[prompts]

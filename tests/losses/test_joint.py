@@ -334,6 +334,15 @@ def test_the_components_are_only_told(generator):
     assert all(value.shape == () and not value.requires_grad for value in loss.components.values())
 
 
+def test_a_branch_that_is_left_out_has_nothing_to_compare(generator):
+    prediction = prediction_of(generator, 1, 1)
+    prompts = prediction.prompts._replace(sparse=prediction.prompts.sparse[:, :0])
+    with pytest.raises(ConfigError, match="'mse_sparse' has nothing to compare: the network gives no sparse prompts"):
+        JointLoss()(prediction._replace(prompts=prompts), targets_of([[True]]))
+    others = [name for name in LOSS_NAMES if name != "mse_sparse"]
+    assert JointLoss(losses=others)(prediction._replace(prompts=prompts), targets_of([[True]])).isfinite()
+
+
 @pytest.mark.parametrize("name", ["mse_sparse", "mse_dense"])
 def test_a_missing_teacher_is_an_error(name, generator):
     prediction = prediction_of(generator, 1, 1)._replace(teacher=None)

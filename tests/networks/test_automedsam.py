@@ -11,7 +11,7 @@ from scripts.errors import ConfigError, InputError
 from scripts.networks import pieces
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.mask_decoding import build_prompt_encoder
-from scripts.networks.prompts import MaskPrediction
+from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
 SIZE = 32
 IDS = (1, 2, 4)
@@ -437,6 +437,8 @@ def test_the_settings_are_these_and_plain():
         "preset": "release",
         "channels": [8, 16, 32],
         "diffusion_steps": 7,
+        "diffusion": True,
+        "prompt_branches": "both",
         "pixel_normalisation": "unit",
     }
 
@@ -444,6 +446,29 @@ def test_the_settings_are_these_and_plain():
 def test_the_steps_reach_the_class_prompt_encoder():
     network = small(diffusion_steps=7)
     assert network.diffusion_steps == network.class_prompt_encoder.diffusion_steps == 7
+
+
+@pytest.mark.parametrize("branch", ["dense", "sparse"])
+def test_a_branch_that_is_left_out_is_as_for_sam_without_such_a_prompt(branch, generator):
+    whole, part = small().eval(), small(prompt_branches=branch).eval()
+    image, ids = pictures(generator, 2), torch.tensor([[1, 4], [2, 1]])
+    embedding = whole.encode_image(image)
+    prompts = whole.encode_classes(embedding, ids)
+    sparse, dense = whole.prompt_encoder(points=None, boxes=None, masks=None)  # SAM's own answer to no prompt at all
+    expected = {
+        "dense": PromptEmbeddings(sparse.expand(4, -1, -1), prompts.dense),
+        "sparse": PromptEmbeddings(prompts.sparse, dense.expand(4, -1, -1, -1)),
+    }[branch]
+    answer = part(image, ids)
+    torch.testing.assert_close(answer.logits, whole.decode(embedding, expected)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(answer.logits, whole(image, ids).logits)
+    assert part.settings["prompt_branches"] == branch
+
+
+def test_without_diffusion_noise_makes_no_difference(generator):
+    network = small(diffusion=False).eval()
+    image, ids = pictures(generator, 1), torch.tensor([[1, 4]])
+    assert_same(network(image, ids, noise=noise_for(network, generator, 1, 2)), network(image, ids))
 
 
 @pytest.mark.parametrize(
@@ -458,6 +483,7 @@ def test_the_steps_reach_the_class_prompt_encoder():
         ({"channels": (8, 16)}, r"three widths .* not \[8, 16\]"),
         ({"diffusion_steps": 0}, "0 is no number of steps"),
         ({"pixel_normalisation": "none"}, "'unit' or 'sam', not 'none'"),
+        ({"prompt_branches": "none"}, "'both', 'dense' or 'sparse', not 'none'"),
     ],
 )
 def test_a_wrong_setting_is_refused(wrong, words):

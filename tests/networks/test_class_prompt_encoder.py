@@ -369,6 +369,26 @@ def test_release_always_takes_all_steps(generator):
     assert torch.equal(encoder(embedding, ids, noise).dense, encoder(embedding, ids, noise, torch.tensor([1])).dense)
 
 
+# Without diffusion (Table 6).
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_without_diffusion_the_embedding_goes_on_as_it_is(preset, generator):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = ClassPromptEncoder(grid_size=GRID, preset=preset, channels=CHANNELS, diffusion=False)
+    encoder.requires_grad_(False)
+    embedding, ids = embeddings(generator, 1), torch.tensor([3, 5])
+    projected = encoder.project(ids)
+    images = embedding.expand(2, -1, -1, -1)
+    bottom = projected if preset == "paper" else ids.float().reshape(-1, 1, 1, 1).expand_as(projected)
+    dense, _ = encoder.unet(images if preset == "paper" else torch.cat((images, projected), dim=1), bottom)
+    prompts = encoder(embedding, ids)
+    torch.testing.assert_close(prompts.dense, dense, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(prompts.dense[0], prompts.dense[1])  # the class is still told
+    assert torch.equal(encoder(embedding, ids, embeddings(generator, 2)).dense, prompts.dense)  # and noise is none
+
+
 # Errors.
 
 
