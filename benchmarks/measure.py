@@ -1,21 +1,32 @@
-"""How benchmarks measure: whole processes, wall time and peak memory, several runs, and a file of results."""
+"""How benchmarks measure: wall time and peak memory, of calls and of whole processes, and a file of results.
+
+Times are compared between variants that take turns in one run, so that what else the machine does falls on all alike.
+The peak memory of a variant is that of a process which builds and runs this variant alone.
+"""
 
 import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.files import atomic_path
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "monai", "numpy", "nibabel", "itk", "pillow")
+PACKAGES = ("torch", "onnxruntime", "segment-anything", "monai", "numpy", "nibabel", "itk", "pillow")
+
+Action = Callable[[], object]
+
+
+class Seconds(float):
+    """What an action gives that has measured itself, where not all of the call is meant."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ def run_process(command: Sequence[str]) -> Run:
         runner = [sys.executable, "-S", str(Path(__file__).with_name("run_one.py")), str(report)]
         process = subprocess.run([*runner, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         if process.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed: {process.stdout[-2000:].decode(errors='replace')}")
+            raise RuntimeError(f"{' '.join(command)} failed: {process.stdout[-8000:].decode(errors='replace')}")
         return Run(**json.loads(report.read_text(encoding="utf-8")))
 
 
@@ -58,8 +69,15 @@ def describe(runs: Sequence[Run]) -> dict[str, float | int]:
     }
 
 
-def write_result(name: str, values: dict[str, object], *, command: str) -> Path:
-    """Write `results/<name>.json` with what was measured, where and with what."""
+def write_result(name: str, values: Mapping[str, object], *, command: str, folder: Path = RESULTS) -> Path:
+    """Write `<name>.json` with what was measured, where and with what.
+
+    Args:
+        name: of the row.
+        values: what was measured.
+        command: that measures it again.
+        folder: of the results.
+    """
     result = {
         "name": name,
         **values,
@@ -68,9 +86,10 @@ def write_result(name: str, values: dict[str, object], *, command: str) -> Path:
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES}
         | {"python": platform.python_version()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -105,34 +124,52 @@ class Comparison:
     fast_seconds: float
 
 
-def compare(slow: Callable[[], object], fast: Callable[[], object], *, runs: int = 5) -> Comparison:
-    """Measure two variants alternately in this process, after one round that does not count.
+def race(
+    variants: Mapping[str, Action], *, runs: int, repeats: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Measure variants in turns in this process, after one round that does not count.
 
     Args:
-        slow: the variant that the other is compared with.
-        fast: the variant whose gain is asked for.
-        runs: rounds that count; each measures both, so that what else the machine does falls on both alike.
+        variants: by name.
+        runs: rounds that count.
+        repeats: how often a variant runs in its turn, where it is too short to be timed once.
+
+    Returns:
+        Of each variant the seconds of one call in each round.
     """
-    slow(), fast()
-    times = [(_seconds(slow), _seconds(fast)) for _ in range(runs)]
-    ratios = [first / second for first, second in times]
+    for action in variants.values():
+        action()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, action in variants.items():
+            times[name].append(_seconds(action, (repeats or {}).get(name, 1)))
+    return times
+
+
+def comparison(slow: Sequence[float], fast: Sequence[float]) -> Comparison:
+    """Compare two variants by their seconds in the same rounds."""
+    ratios = [first / second for first, second in zip(slow, fast, strict=True)]
     return Comparison(
         ratio=round(statistics.median(ratios), 2),
         low=round(min(ratios), 2),
         high=round(max(ratios), 2),
-        runs=runs,
-        slow_seconds=round(statistics.median(first for first, _ in times), 4),
-        fast_seconds=round(statistics.median(second for _, second in times), 4),
+        runs=len(ratios),
+        slow_seconds=round(statistics.median(slow), 4),
+        fast_seconds=round(statistics.median(fast), 4),
     )
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def _seconds(action: Action, repeats: int) -> float:
+    """Time calls one after the other, and give the mean of one."""
+    spent = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = action()
+        spent += result if isinstance(result, Seconds) else time.perf_counter() - start
+    return spent / repeats
 
 
-def peak_mb() -> int:
-    """Give the most memory that this process has held at a time, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+def say(text: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

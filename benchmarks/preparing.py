@@ -4,54 +4,58 @@ Two real sets, where they are at hand (chaos_t2_mr: 16 volumes; kvasir_seg: 949 
 512 x 512 x 400 voxels in the layout of AbdomenCT-1K, whose kidneys are divided by side on the way.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
-from measure import Run, describe, run_process, write_result
+import numpy.typing as npt
+from measure import Run, describe, run_process, say, write_result
+from variants import Request, benchmark
 
-BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 REAL_SETS = ("chaos_t2_mr", "kvasir_seg")
 TIME_LIMIT = 60.0  # s, on two cores
 MEMORY_LIMIT = 3 * 1024  # MiB
 SHAPE = (512, 512, 400)
+SMALL_DIVISOR = 8
 
 
-def main() -> None:
-    """Measure all that is at hand, print it and write `results/`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=BUNDLE_ROOT.parent / "shared" / "data", help="folder of real sets")
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
-    for name in REAL_SETS:
-        source = options.data / name
+def measure(request: Request) -> None:
+    """Measure all that is at hand."""
+    for name in () if request.small else REAL_SETS:
+        source = request.data / name
         if source.is_dir():
-            report(f"prepare_{name}", ["shared", "--source", str(source)], runs=options.runs, limit=f"{TIME_LIMIT:g} s")
+            report(request, f"prepare_{name}", ["shared", "--source", str(source)], limit=f"{TIME_LIMIT:g} s")
         else:
             say(f"{name}: left out, {source} is absent")
-    with tempfile.TemporaryDirectory() as folder:
-        make_large_volume(Path(folder))
-        words = ["abdomenct1k", "--source", folder, "--fractions", "1,0,0"]
-        report("prepare_large_ct", words, runs=1, limit=f"{MEMORY_LIMIT} MB")
+    folder = request.scratch / "large"
+    folder.mkdir()
+    make_large_volume(folder, divisor=SMALL_DIVISOR if request.small else 1)
+    words = ["abdomenct1k", "--source", str(folder), "--fractions", "1,0,0"]
+    report(request, "prepare_large_ct", words, limit=f"{MEMORY_LIMIT} MB")
 
 
-def report(name: str, words: list[str], *, runs: int, limit: str) -> None:
+def report(request: Request, name: str, words: list[str], *, limit: str) -> None:
     """Measure one command in fresh processes."""
     measured: list[Run] = []
-    for _ in range(runs):
+    for _ in range(request.runs):
         with tempfile.TemporaryDirectory() as output:
             command = [sys.executable, "-m", "scripts", "prepare", *words, "--output", output, "--noprogress_bar"]
             measured.append(run_process(command))
     values = describe(measured)
-    write_result(name, {**values, "limit": limit}, command="python benchmarks/preparing.py")
+    write_result(name, {**values, "limit": limit}, command=request.command, folder=request.results)
     say(f"{name}: {values['seconds']} s ({values['low']} to {values['high']}), {values['peak_mb']} MB; limit {limit}")
 
 
-def make_large_volume(folder: Path) -> None:
-    """Write a body of soft tissue with noise, and labels that touch most of it."""
+def make_large_volume(folder: Path, *, divisor: int = 1) -> None:
+    """Write a body of soft tissue with noise, and labels that touch most of it.
+
+    Args:
+        folder: of the data set.
+        divisor: take only every so many voxels each way.
+    """
     rng = np.random.default_rng(0)
     volume = np.full(SHAPE, -1000, dtype=np.int16)
     volume[60:450, 100:420] = rng.integers(0, 120, size=(390, 320, SHAPE[2]), dtype=np.int16)
@@ -62,19 +66,15 @@ def make_large_volume(folder: Path) -> None:
     labels[330:420, 150:230, 200:300] = 3
     labels[230:330, 180:220, 180:220] = 4
     affine = np.diag([-0.8, -0.8, 1.0, 1.0])
-    for path, voxels in {
+    files: dict[str, npt.NDArray[Any]] = {
         "AbdomenCT-1K-ImagePart1/Case_00001_0000.nii.gz": volume,
         "Mask/Case_00001.nii.gz": labels,
-    }.items():
+    }
+    for path, voxels in files.items():
         (folder / path).parent.mkdir()
-        nibabel.save(nibabel.Nifti1Image(voxels, affine), folder / path)
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+        thinned = voxels[::divisor, ::divisor, ::divisor]
+        nibabel.save(nibabel.Nifti1Image(thinned, affine), folder / path)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark(__file__, __doc__, measure=measure, runs=3)
