@@ -4,11 +4,14 @@ It is not from the papers: it stands where they have SAM's ViT or LiteMedSAM's T
 that everything behind it is theirs. No batch statistics: batched equals one by one, in training and afterwards.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from scripts.errors import ConfigError
+from scripts.networks.image_encoders.levels import Level, apply_block
 from scripts.networks.image_encoders.square_input import require_square
 
 EMBEDDING_CHANNELS = 256
@@ -84,6 +87,8 @@ class CompactEncoder(nn.Module):
         self.neck = nn.Sequential(
             nn.Conv2d(finest, EMBEDDING_CHANNELS, 1, bias=False), nn.GroupNorm(1, EMBEDDING_CHANNELS)
         )
+        self.level_channels = (*STAGE_CHANNELS[: self.finest_stage + 1], finest)
+        self.level_attends = (False,) * len(self.level_channels)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Embed `(B, 3, S, S)` images with values in [0, 1] as `(B, 256, S / stride, S / stride)`.
@@ -92,13 +97,45 @@ class CompactEncoder(nn.Module):
             InputError: an image of another shape.
         """
         require_square(image, self.image_size)
-        levels = []
+        features = self._stage_features(image)
+        return self.neck(self.refine(self._merge(features[self.finest_stage :])))
+
+    def levels(
+        self,
+        image: torch.Tensor,
+        prompts: Sequence[torch.Tensor],  # noqa: ARG002 - no attention here for them to join
+        *,
+        ask: bool = False,  # noqa: ARG002 - and no answer
+        checkpointing: bool = False,
+    ) -> list[Level]:
+        """Give the stages down to the embedding's resolution, and what the top-down path leaves behind.
+
+        Args:
+            image: `(B, 3, S, S)` with values in [0, 1].
+            prompts: left aside, as convolutions have no place for them.
+            ask: left aside, as there are no answers.
+            checkpointing: whether to compute the stages anew in the backward pass.
+
+        Returns:
+            Levels of `level_channels` at strides 2, 4 and so on, the last at the embedding's, of which `neck` makes the
+            embedding.
+
+        Raises:
+            InputError: an image of another shape.
+        """
+        require_square(image, self.image_size)
+        features = self._stage_features(image, checkpointing=checkpointing)
+        last = self.refine(self._merge(features[self.finest_stage :]))
+        return [Level(stage) for stage in (*features[: self.finest_stage + 1], last)]
+
+    def _stage_features(self, image: torch.Tensor, *, checkpointing: bool = False) -> list[torch.Tensor]:
+        """Give the output of each stage, `(B, channels, S / 2, S / 2)` and smaller."""
+        outputs = []
         features = image
-        for index, stage in enumerate(self.stages):
-            features = stage(features)
-            if index >= self.finest_stage:
-                levels.append(features)
-        return self.neck(self.refine(self._merge(levels)))
+        for stage in self.stages:
+            features = apply_block(stage, features, checkpointing=checkpointing)
+            outputs.append(features)
+        return outputs
 
     def _merge(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """Carry the deep features down to the finest level kept."""

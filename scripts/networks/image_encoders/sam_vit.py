@@ -6,17 +6,19 @@ Segment Anything, arXiv 2304.02643. MedSAM's published weights are a ViT-B.
 Only the attention is computed in another way, with the same result: see `FusedAttention`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
 from torch import nn
 
 from scripts.errors import ConfigError
 from scripts.networks import pieces
+from scripts.networks.image_encoders.levels import Level, PromptAnswer, apply_block, ask_image
 from scripts.networks.image_encoders.square_input import require_square
 
 PUBLISHED_SIZE = 1024  # pixels
@@ -66,6 +68,8 @@ class FusedAttention(nn.Module):
         published: the attention whose parameters it takes over, under their names.
     """
 
+    qkv_groups = 1  # the rows of qkv: all queries, all keys, all values
+
     def __init__(self, published: Attention) -> None:
         super().__init__()
         self.num_heads: int = published.num_heads
@@ -76,11 +80,48 @@ class FusedAttention(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens `(B, h, w, channels)` to the same shape."""
+        query, key, value = self._heads(self.qkv(tokens).flatten(1, 2))
+        mixed = _attend_in_shares(query, key, value, *self._biases(query, (tokens.shape[1], tokens.shape[2])))
+        return self._joined(mixed, tokens)
+
+    def attend_with_prompts(
+        self, tokens: torch.Tensor, prompts: torch.Tensor, *, ask: bool = False
+    ) -> tuple[torch.Tensor, PromptAnswer | None]:
+        """Attend to abstract prompts too; they have no place, so that no bias goes from or to them.
+
+        Args:
+            tokens: `(B, h, w, channels)`.
+            prompts: `(N, channels)`, the same for all images.
+            ask: whether to give the prompts' answer.
+
+        Returns:
+            Tokens of the same shape, and the answer where it was asked for.
+        """
+        if not len(prompts):
+            return self(tokens), None
+        grid = (tokens.shape[1], tokens.shape[2])
+        weight = self.qkv.weight  # once: with LoRA each access makes it anew
+        query, key, value = self._heads(F.linear(tokens.flatten(1, 2), weight, self.qkv.bias))
+        own = F.linear(prompts.expand(tokens.shape[0], -1, -1), weight, self.qkv.bias)
+        own_query, own_key, own_value = self._heads(own)
+        key, value = torch.cat((key, own_key), dim=1), torch.cat((value, own_value), dim=1)  # (B heads, h w + N, ...)
+        mixed = self._joined(_attend_in_shares(query, key, value, *self._biases(query, grid)), tokens)
+        if not ask:
+            return mixed, None
+        asking, keys, values = (part.unflatten(0, (-1, self.num_heads)) for part in (own_query, key, value))
+        answer, shares = ask_image(asking, keys, values, grid)
+        return mixed, PromptAnswer(self.proj(answer), shares)
+
+    def _heads(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Part `(B, L, 3 channels)` into query, key and value `(B heads, L, width of a head)`."""
+        count, length, _ = projected.shape
+        parts = projected.reshape(count, length, 3, self.num_heads, -1)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        return query, key, value
+
+    def _joined(self, mixed: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Join the heads of `(B heads, h w, width of a head)` and project them to the shape of the tokens."""
         count, height, width, channels = tokens.shape
-        projected = self.qkv(tokens).reshape(count, height * width, 3, self.num_heads, -1)
-        # (B, L, 3, heads, width of a head) -> three times (B heads, L, width of a head)
-        query, key, value = projected.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
-        mixed = _attend_in_shares(query, key, value, *self._biases(query, (height, width)))
         mixed = mixed.reshape(count, self.num_heads, height * width, -1).transpose(1, 2)  # (B, L, heads, ...)
         return self.proj(mixed.reshape(count, height, width, channels))
 
@@ -96,9 +137,14 @@ class FusedAttention(nn.Module):
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """Attend from some queries `(N, n w, width)` to all keys, with biases `(N, n, w, h)` and `(N, n, w, w)`."""
+    """Attend from some queries `(N, n w, width)` to all keys, with biases `(N, n, w, h)` and `(N, n, w, w)`.
+
+    Keys behind those of the image, of prompts, have none.
+    """
     bias = rows.unsqueeze(-1) + columns.unsqueeze(-2)  # (N, n, w, h, w)
     bias = bias.reshape(*query.shape[:2], -1)  # (N, n w, h w)
+    if key.shape[1] > bias.shape[2]:
+        bias = F.pad(bias, (0, key.shape[1] - bias.shape[2]))
     # With four axes, as on a CPU the fast kernel asks for.
     mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=bias[None])
     return mixed[0]
@@ -166,6 +212,9 @@ class SamVit(ImageEncoderViT):
             block.attn = FusedAttention(block.attn)
         self.image_size = image_size
         self.grid_size = image_size // PATCH_SIZE
+        self.level_blocks = size.global_blocks
+        self.level_channels = (size.channels,) * len(size.global_blocks)
+        self.level_attends = (True,) * len(size.global_blocks)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Embed images.
@@ -181,6 +230,44 @@ class SamVit(ImageEncoderViT):
         """
         require_square(image, self.image_size)
         return super().forward(image)
+
+    def levels(
+        self, image: torch.Tensor, prompts: Sequence[torch.Tensor], *, ask: bool = False, checkpointing: bool = False
+    ) -> list[Level]:
+        """Give what the blocks of global attention leave behind, with abstract prompts in their attention.
+
+        Args:
+            image: `(B, 3, S, S)`, float, normalised as the weights expect it.
+            prompts: of each level, `(N, channels)`; N may be 0.
+            ask: whether to give the prompts' answers too.
+            checkpointing: whether to compute the blocks anew in the backward pass.
+
+        Returns:
+            Levels `(B, channels, S / 16, S / 16)`; `neck` makes the embedding of the last.
+
+        Raises:
+            InputError: an image of another shape.
+        """
+        require_square(image, self.image_size)
+        tokens = self.patch_embed(image) + self.pos_embed  # (B, h, w, channels)
+        own = dict(zip(self.level_blocks, prompts, strict=True))
+        levels = []
+        for index, block in enumerate(self.blocks):
+            if index not in own:
+                tokens = apply_block(block, tokens, checkpointing=checkpointing)
+                continue
+            tokens, answer = apply_block(_global_block, block, tokens, own[index], ask, checkpointing=checkpointing)
+            levels.append(Level(tokens.permute(0, 3, 1, 2), answer))
+        return levels
+
+
+def _global_block(
+    block: Block, tokens: torch.Tensor, prompts: torch.Tensor, ask: bool
+) -> tuple[torch.Tensor, PromptAnswer | None]:
+    """Apply a block of global attention to `(B, h, w, channels)`; prompts `(N, channels)` join behind its norm."""
+    mixed, answer = block.attn.attend_with_prompts(block.norm1(tokens), prompts, ask=ask)
+    tokens = tokens + mixed
+    return tokens + block.mlp(block.norm2(tokens)), answer
 
 
 def sam_vit_encoder(variant: str, *, image_size: int = PUBLISHED_SIZE) -> SamVit:

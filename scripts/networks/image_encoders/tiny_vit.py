@@ -7,6 +7,10 @@ Sources: Wu et al., TinyViT, arXiv 2207.10666, table 1 (5M); Zhang et al., Mobil
 branch of https://github.com/bowang-lab/MedSAM. Names and shapes are those of the published weights.
 """
 
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
@@ -15,6 +19,7 @@ from torch import nn
 
 from scripts.errors import ConfigError
 from scripts.networks import pieces
+from scripts.networks.image_encoders.levels import Level, PromptAnswer, apply_block, ask_image
 from scripts.networks.image_encoders.square_input import require_square
 
 EMBEDDING_CHANNELS = 256
@@ -199,6 +204,7 @@ class WindowAttention(nn.Module):
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
+        self.qkv_groups = heads  # the rows of qkv: each head has its query, key and value together
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
@@ -207,15 +213,46 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens `(N, window^2, channels)` to the same shape."""
-        count, length, channels = tokens.shape
-        projected = self.qkv(self.norm(tokens))
-        # (N, L, 3 * channels) -> (N, heads, L, 3 * width of a head): each head has its query, key and value in a row
-        projected = projected.reshape(count, length, self.heads, -1).transpose(1, 2)
-        query, key, value = projected.chunk(3, dim=-1)
-        bias = self.attention_biases[:, self.attention_bias_idxs].to(query.dtype)  # (heads, L, L)
+        query, key, value = self._heads(self.qkv(self.norm(tokens)))
+        return self._attend(query, key, value, self._biases(query))
+
+    def attend_with_prompts(self, tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """Attend within windows `(N, window^2, channels)` and to abstract prompts `(P, channels)`, without a bias."""
+        if not len(prompts):
+            return self(tokens)
+        weight = self.qkv.weight  # once: with LoRA each access makes it anew
+        query, key, value = self._heads(F.linear(self.norm(tokens), weight, self.qkv.bias))
+        _, own_key, own_value = self._heads(F.linear(prompts.unsqueeze(0), weight, self.qkv.bias))
+        own_key, own_value = (own.expand(tokens.shape[0], -1, -1, -1) for own in (own_key, own_value))
+        key, value = torch.cat((key, own_key), dim=2), torch.cat((value, own_value), dim=2)  # (N, heads, L + P, ...)
+        return self._attend(query, key, value, F.pad(self._biases(query), (0, len(prompts))))
+
+    def answer(self, tokens: torch.Tensor, prompts: torch.Tensor) -> PromptAnswer:
+        """Attend from prompts `(P, channels)` to whole images `(B, h, w, channels)`, whatever window a token is in."""
+        image = self.norm(tokens).flatten(1, 2)  # (B, h w, channels)
+        together = torch.cat((image, prompts.expand(image.shape[0], -1, -1)), dim=1)
+        query, key, value = self._heads(self.qkv(together))
+        asking = query[:, :, image.shape[1] :]
+        mixed, shares = ask_image(asking, key, value, (tokens.shape[1], tokens.shape[2]))
+        return PromptAnswer(self.proj(mixed), shares)
+
+    def _heads(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Part `(N, L, 3 * channels)` into query, key and value `(N, heads, L, width of a head)`."""
+        count, length, _ = projected.shape
+        # each head has its query, key and value in a row
+        parts = projected.reshape(count, length, self.heads, -1).transpose(1, 2)
+        query, key, value = parts.chunk(3, dim=-1)
+        return query, key, value
+
+    def _biases(self, query: torch.Tensor) -> torch.Tensor:
+        """Give the bias of each pair of tokens in a window, `(heads, L, L)`."""
+        return self.attention_biases[:, self.attention_bias_idxs].to(query.dtype)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Mix values `(N, heads, M, width of a head)` with biases `(heads, L, M)` to `(N, L, channels)`."""
         # With four axes, as on a CPU the fast kernel asks for.
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0))
-        return self.proj(mixed.transpose(1, 2).reshape(count, length, channels))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Perceptron(nn.Module):
@@ -262,16 +299,35 @@ class AttentionBlock(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map `(B, channels, h, w)` to the same shape."""
         tokens = features.permute(0, 2, 3, 1)  # (B, h, w, channels)
-        tokens = tokens + self._attend(tokens)
+        return self._transform(tokens + self._attend(tokens))
+
+    def with_prompts(self, features: torch.Tensor, prompts: torch.Tensor, *, ask: bool = False) -> Level:
+        """Let abstract prompts join the attention of every window.
+
+        Args:
+            features: `(B, channels, h, w)`.
+            prompts: `(N, channels)`, the same for all images and windows; N may be 0.
+            ask: whether to give the prompts' answer, for which they attend to the whole image.
+
+        Returns:
+            Features of the same shape, and the answer where it was asked for.
+        """
+        tokens = features.permute(0, 2, 3, 1)  # (B, h, w, channels)
+        answer = self.attn.answer(tokens, prompts) if ask and len(prompts) else None
+        return Level(self._transform(tokens + self._attend(tokens, prompts)), answer)
+
+    def _attend(self, tokens: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend within each window of `(B, h, w, channels)`, and to prompts `(N, channels)` where there are some."""
+        windows, padded = window_partition(tokens, self.window)  # (B * windows, window, window, channels)
+        flat = windows.flatten(1, 2)
+        mixed = self.attn(flat) if prompts is None else self.attn.attend_with_prompts(flat, prompts)
+        return window_unpartition(mixed.reshape(windows.shape), self.window, padded, (tokens.shape[1], tokens.shape[2]))
+
+    def _transform(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Do what follows the attention: `(B, h, w, channels)` to `(B, channels, h, w)`."""
         features = self.local_conv(tokens.permute(0, 3, 1, 2))
         update = self.mlp(features.permute(0, 2, 3, 1))  # (B, h, w, channels)
         return features + update.permute(0, 3, 1, 2)
-
-    def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Attend within each window of `(B, h, w, channels)`."""
-        windows, padded = window_partition(tokens, self.window)  # (B * windows, window, window, channels)
-        mixed = self.attn(windows.flatten(1, 2)).reshape(windows.shape)
-        return window_unpartition(mixed, self.window, padded, (tokens.shape[1], tokens.shape[2]))
 
 
 class Stage(nn.Module):
@@ -290,6 +346,22 @@ class Stage(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map `(B, channels, h, w)` to what the next stage takes."""
         return self.downsample(self.blocks(features))
+
+    def level(self, features: torch.Tensor, prompts: torch.Tensor, *, ask: bool, checkpointing: bool) -> Level:
+        """Give what the blocks leave behind, with prompts `(N, channels)` in the attention of the last, if it has one.
+
+        Args:
+            features: `(B, channels, h, w)`.
+            prompts: left aside by blocks without attention.
+            ask: whether to give the prompts' answer too.
+            checkpointing: whether to compute the blocks anew in the backward pass.
+        """
+        *before, last = self.blocks
+        for block in before:
+            features = apply_block(block, features, checkpointing=checkpointing)
+        if not isinstance(last, AttentionBlock):
+            return Level(apply_block(last, features, checkpointing=checkpointing))
+        return apply_block(partial(last.with_prompts, ask=ask), features, prompts, checkpointing=checkpointing)
 
 
 def _blocks(index: int) -> list[nn.Module]:
@@ -340,6 +412,8 @@ class TinyViT(nn.Module):
             )
         self.image_size = image_size
         self.grid_size = image_size // stride
+        self.level_channels = STAGE_CHANNELS
+        self.level_attends = (False, True, True, True)
         self.patch_embed = PatchEmbedding(kernel=patch_kernel, stride=patch_stride)
         self.layers = nn.Sequential(*(Stage(_blocks(i), _downsampling(i)) for i in range(len(STAGE_CHANNELS))))
         if classes:
@@ -359,10 +433,39 @@ class TinyViT(nn.Module):
         Raises:
             InputError: an image of another shape.
         """
+        return self.neck(self.layers(self._embed(image)))
+
+    def levels(
+        self, image: torch.Tensor, prompts: Sequence[torch.Tensor], *, ask: bool = False, checkpointing: bool = False
+    ) -> list[Level]:
+        """Give what the four stages leave behind, with abstract prompts in the last attention of the latter three.
+
+        Args:
+            image: `(B, 3, S, S)`, float, normalised as the weights expect it.
+            prompts: of each level, `(N, channels of the level)`; the first level's are left aside.
+            ask: whether to give the prompts' answers too.
+            checkpointing: whether to compute the blocks anew in the backward pass.
+
+        Returns:
+            Levels with 4, 2, 1 and 1 times the embedding's cells each way; `neck` makes the embedding of the last.
+
+        Raises:
+            InputError: an image of another shape.
+        """
+        features = self._embed(image)
+        levels = []
+        for layer, own in zip(self.layers, prompts, strict=True):
+            stage = cast(Stage, layer)
+            level = stage.level(features, own, ask=ask, checkpointing=checkpointing)
+            levels.append(level)
+            features = stage.downsample(level.features)
+        return levels
+
+    def _embed(self, image: torch.Tensor) -> torch.Tensor:
+        """Give the first features `(B, 64, h, w)` of images `(B, 3, S, S)`."""
         require_square(image, self.image_size)
         # The attention takes the channels last; so all that lies between needs no copy either.
-        features = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
-        return self.neck(self.layers(features))
+        return self.patch_embed(image.contiguous(memory_format=torch.channels_last))
 
 
 def lite_medsam_encoder(*, image_size: int = 256) -> TinyViT:
