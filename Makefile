@@ -36,7 +36,14 @@ check: setup
 # Time and memory; results go to benchmarks/results/.
 bench: setup
 	$(BIN)/python benchmarks/preparing.py
+	$(BIN)/python benchmarks/encoders.py
+	$(BIN)/python benchmarks/whole_slice.py
+	$(BIN)/python benchmarks/inferring.py
 	$(BIN)/python benchmarks/encoding_once.py
+	$(BIN)/pip install --quiet surface-distance
+	$(BIN)/python benchmarks/surface_metrics.py
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/render.py
 
 clean:
 	rm -rf runs build dist eval .pytest_cache .mypy_cache .ruff_cache *.egg-info

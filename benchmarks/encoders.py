@@ -56,6 +56,7 @@ def measure(request: Request) -> None:
             slow=f"{name}_plain",
             rows={f"{name}_{form}": f"{row}_{form}" for form in targets},
             targets={f"{name}_{form}": target for form, target in targets.items()},
+            floor=f"{name}_plain",
         )
 
 

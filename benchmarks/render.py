@@ -218,6 +218,13 @@ def _remarks(result: Result) -> str:
             f"Against {beside['against'].replace('_', ' ')}: {beside['ratio']:g} times "
             f"({beside['low']:g} to {beside['high']:g}), {beside['slow_seconds']:.3g} s, {beside['slow_peak_mb']} MB."
         )
+    if "floor" in result:
+        floor = result["floor"]
+        remarks.append(
+            f"The floor: {floor['gflop']:g} GFLOP, at the {floor['gflop_a_second']:g} GFLOP/s that this processor "
+            f"reaches in a product of large matrices, take {floor['seconds']:.3g} s; that would be "
+            f"{floor['ratio']:g} times."
+        )
     if "smallest_dice" in result:
         scores = ", ".join(f"{score:g} against the {form} form" for form, score in result["smallest_dice"].items())
         remarks.append(f"Smallest Dice coefficient of a class: {scores}.")

@@ -3,12 +3,14 @@
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from measure import RESULTS, Action, Comparison, comparison, race, run_process, say, write_result
+from torch.utils.flop_counter import FlopCounterMode
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL_RESULTS = Path("build") / "benchmarks"
@@ -101,6 +103,7 @@ def compare(
     targets: Mapping[str, float],
     repeats: Mapping[str, int] | None = None,
     beside: str | None = None,
+    floor: str | None = None,
     note: str = "",
 ) -> None:
     """Measure variants against one of them, and write a row for each of the others.
@@ -113,6 +116,8 @@ def compare(
         targets: variant -> the ratio to be reached.
         repeats: see `race`.
         beside: a second variant to compare with, whose ratio is stated too.
+        floor: a variant that does no arithmetic twice and whose operations PyTorch can count; stated beside the row is
+            what they would take at the rate of a large product of matrices, which no variant can be expected to beat.
         note: what a reader must know.
     """
     wanted = [slow, *([beside] if beside else []), *rows]
@@ -125,8 +130,41 @@ def compare(
         if beside:
             second = comparison(times[beside], times[variant])
             values |= {"beside": {"against": beside, **asdict(second), "slow_peak_mb": peak_alone(request, beside)}}
+        if floor:
+            values |= {"floor": floor_of(variants[floor](request), slow_seconds=found.slow_seconds)}
         write_result(row, values, command=request.command, folder=request.results)
         say_row(row, found, values)
+
+
+def floor_of(action: Action, *, slow_seconds: float) -> dict[str, float]:
+    """Count an action's multiplications and additions, and say how long the processor takes for so many at best.
+
+    Args:
+        action: to be counted.
+        slow_seconds: of what a row compares with, for the largest ratio that there can be.
+    """
+    with FlopCounterMode(display=False) as counter:
+        action()
+    operations, rate = counter.get_total_flops() / 10**9, matrix_rate()
+    seconds = operations / rate
+    return {
+        "gflop": round(operations, 1),
+        "gflop_a_second": round(rate, 1),
+        "seconds": round(seconds, 4),
+        "ratio": round(slow_seconds / seconds, 2),
+    }
+
+
+def matrix_rate(*, size: int = 2048, runs: int = 20) -> float:
+    """Measure the product of two matrices in single precision, in GFLOP/s: the best of several."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn((size, size), generator=generator) for _ in range(2))
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        torch.mm(first, second)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 10**9
 
 
 def say_row(name: str, found: Comparison, values: Mapping[str, object]) -> None:

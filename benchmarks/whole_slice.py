@@ -110,6 +110,7 @@ def measure(request: Request) -> None:
         rows={runtime: f"whole_slice_{runtime}" for runtime in TARGETS},
         targets=TARGETS,
         beside="encoding_once",
+        floor="encoding_once",
         note=NOTE,
     )
 

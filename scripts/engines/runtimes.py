@@ -1,8 +1,9 @@
 """The network on another runtime than PyTorch: ONNX Runtime on a CPU, exact in single precision.
 
-Each part of the network becomes a graph for one image and any number of its prompts, exported when it is first needed
-and kept beside the weights in `.runtime`. Images go through one at a time and prompts in groups, image by image: on a
-CPU more of them together are no faster and take more memory.
+The image encoder and the class prompt encoder become graphs for one image and any number of its prompts, exported when
+they are first needed and kept beside the weights in `.runtime`. Images go through one at a time and prompts in groups,
+image by image: on a CPU more of them together are no faster and take more memory. The mask decoder is faster in PyTorch
+and stays there.
 """
 
 import contextlib
@@ -139,7 +140,7 @@ class OnnxNetwork:
         return PromptEmbeddings(sparse.flatten(0, 1), dense.flatten(0, 1))
 
     def decode(self, embedding: torch.Tensor, prompts: PromptEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode B x K prompts over B embeddings.
+        """Decode B x K prompts over B embeddings: PyTorch's part, whose fused attention is the faster one.
 
         Args:
             embedding: `(B, 256, h, w)`.
@@ -148,16 +149,7 @@ class OnnxNetwork:
         Returns:
             Logits `(B, K, S, S)` and quality `(B, K)`.
         """
-        images = len(embedding)
-        per_image = len(prompts.dense) // images
-        sparse, dense = (rows.unflatten(0, (images, per_image)) for rows in prompts)
-        logits = torch.empty((images, per_image, self.image_size, self.image_size))
-        quality = torch.empty((images, per_image))
-        for image, some in self._groups(images, per_image):
-            asked = {"sparse": sparse[image, some], "dense": dense[image, some]}
-            answer = self._infer("decode", {"embedding": embedding[image : image + 1], **asked})
-            logits[image, some], quality[image, some] = answer[0][0], answer[1][0]
-        return logits, quality
+        return self.network.decode(embedding, prompts)
 
     @property
     def _grid(self) -> tuple[int, int, int]:
@@ -270,8 +262,6 @@ class _Part(torch.nn.Module):
         """Give what the part gives."""
         if self.part == "encode_image":
             return self.network.encode_image(inputs[0])
-        if self.part == "decode":
-            return self.network.decode(inputs[0], PromptEmbeddings(*inputs[1:]))
         embedding, class_ids, *noisy = inputs
         noise, timestep = noisy or (None, None)
         return tuple(self.network.encode_classes(embedding, class_ids, noise=noise, timestep=timestep))
@@ -301,8 +291,7 @@ def _convert(network: AutoMedSAM, part: str) -> Any:
 
 def _variable_axes(name: str) -> dict[int, Any]:
     """Say which axis of an input counts the prompts."""
-    axes = {"class_ids": 1, "noise": 1, "timestep": 1, "sparse": 0, "dense": 0}
-    return {axes[name]: torch.export.Dim("prompts")} if name in axes else {}
+    return {1: torch.export.Dim("prompts")} if name in ("class_ids", "noise", "timestep") else {}
 
 
 @contextlib.contextmanager
@@ -335,9 +324,6 @@ def _example_inputs(network: AutoMedSAM, part: str) -> dict[str, torch.Tensor]:
     if part == "encode_image":
         return {"image": torch.zeros(1, 3, network.image_size, network.image_size)}
     embedding = {"embedding": torch.zeros(1, *grid)}
-    if part == "decode":
-        sparse = torch.zeros(count, _sparse_tokens(network), EMBEDDING_CHANNELS)
-        return {**embedding, "sparse": sparse, "dense": torch.zeros(count, *grid)}
     embedding["class_ids"] = torch.ones(1, count, dtype=torch.int64)
     if part == "encode_noisy_classes":
         embedding |= {"noise": torch.zeros(1, count, *grid), "timestep": torch.ones(1, count, dtype=torch.int64)}

@@ -30,6 +30,7 @@ NORM_EPSILON = 1e-6
 # are two such blocks for each thread, and stay in the cache. An accelerator is bound by its memory alone.
 BIASES_PER_THREAD = 2**19
 BIASES_ON_ACCELERATOR = 2**28
+BIASES_IN_EXPORT = 2**24  # each share is written out in the graph: a head of a global block at 1024 pixels
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _attend_in_shares(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
     """Attend among tokens `(N, h w, width)` with biases `(N, h, w, h)` and `(N, h, w, w)`, never all at a time."""
-    if pieces.traced():
+    if pieces.traced() and not torch.compiler.is_exporting():
         return _attend(query, key, value, rows, columns)
     height, width = rows.shape[1:3]
     heads, lines = _share(query.device, height, width)
@@ -174,6 +175,8 @@ def _attend_in_shares(
 def _share(device: torch.device, height: int, width: int) -> tuple[int, int]:
     """Say how many heads, and how many of their rows of queries, to take at a time."""
     held = max(2, torch.get_num_threads()) * BIASES_PER_THREAD if device.type == "cpu" else BIASES_ON_ACCELERATOR
+    if torch.compiler.is_exporting():
+        held = BIASES_IN_EXPORT
     of_a_row = height * width**2
     lines = min(height, max(1, held // of_a_row))
     return max(1, held // (lines * of_a_row)), lines
