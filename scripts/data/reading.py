@@ -347,8 +347,8 @@ def read_image(path: Paths) -> MetaTensor:
     return _as_meta_tensor(grid, filename=_name(_first(path)))
 
 
-def _as_meta_tensor(grid: _Grid, *, filename: str) -> MetaTensor:
-    """Make float32 of the voxels and attach the harmless part of the metadata."""
+def _as_meta_tensor(grid: _Grid, *, filename: str, dtype: Any = np.float32) -> MetaTensor:
+    """Make float32, or another type, of the voxels and attach the harmless part of the metadata."""
     spacing = (1.0, 1.0, 1.0) if grid.planar else tuple(float(edge) for edge in affine_to_spacing(grid.affine))
     meta = {
         "original_affine": torch.as_tensor(grid.affine),
@@ -362,7 +362,7 @@ def _as_meta_tensor(grid: _Grid, *, filename: str) -> MetaTensor:
     }
     if grid.modality is not None:
         meta["modality"] = grid.modality
-    voxels = torch.from_numpy(_in_c_order(grid.voxels, np.float32))
+    voxels = torch.from_numpy(_in_c_order(grid.voxels, dtype))
     return MetaTensor(voxels, affine=torch.as_tensor(grid.affine), meta=meta)
 
 
@@ -778,6 +778,26 @@ def _read_values(path: Paths, image: MetaTensor) -> np.ndarray:
     _check_lossless(path)
     _check_geometry(grid, image, name)
     return _whole_numbers(grid.voxels, name)[0]
+
+
+def read_label_map(path: Paths) -> MetaTensor:
+    """Read a label map on its own grid, whatever its values mean.
+
+    Args:
+        path: a file, or the 2D files of a stack in order. Of a palette picture the values are the indices, of a 1-bit
+            one 0 and 1.
+
+    Returns:
+        ``(1, X, Y, Z)`` int32 in file axes with the affine and the ``meta`` of ``read_image``.
+
+    Raises:
+        InputError: a file that cannot be read, colours, fractions, or a format with losses (JPEG).
+    """
+    name = _described(path)
+    grid = _one_channel(_read(path, converter=_plain_index), name)
+    _check_lossless(path)
+    values = replace(grid, voxels=_whole_numbers(grid.voxels, name))
+    return _as_meta_tensor(values, filename=_name(_first(path)), dtype=np.int32)
 
 
 def read_mask(path: Paths) -> torch.Tensor:

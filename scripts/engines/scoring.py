@@ -1,6 +1,7 @@
 """DSC and NSD of whole cases as a metric of Ignite, and the files an evaluation leaves."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from monai.utils import convert_to_numpy
 from scripts.data.vocabulary import Vocabulary
 from scripts.data.writing import prepare_output_folder
 from scripts.engines.processes import gathered
-from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, Summary, score_case, summarise
-from scripts.report.tables import render_table, write_scores_csv, write_summary_json
+from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, score_case
+from scripts.metrics.statistics import RESAMPLES
+from scripts.metrics.summaries import Summary, summarise_units
+from scripts.report.run_record import write_run_record
+from scripts.report.tables import check_averaging, render_tables, write_scores_csv, write_summary_json
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,9 @@ class CaseScores(Metric):
         tolerance: float = DEFAULT_TOLERANCE,
     ) -> None:
         self.class_ids = sorted(class_ids)
-        self.class_names = [vocabulary.entry(class_id).name for class_id in self.class_ids]
+        entries = [vocabulary.entry(class_id) for class_id in self.class_ids]
+        self.class_names = [entry.name for entry in entries]
+        self.partners = [entry.partner for entry in entries]
         self.protocol = protocol
         self.tolerance = tolerance
         self.scores: list[ClassScore] = []
@@ -72,32 +78,30 @@ class CaseScores(Metric):
     def compute(self) -> float:
         """Give the mean DSC over the classes, of all processes' cases together."""
         self.scores = _merged(gathered(self.scores))
-        classes = [entry.dsc for summary in self.summaries() for entry in summary.classes if entry.cases]
+        classes = [entry.dsc for summary in self.summaries(resamples=0) for entry in summary.classes if entry.cases]
         return float(np.mean(classes)) if classes else float("nan")
 
     def completed(self, engine: Engine, name: str) -> None:
         """Put the mean DSC under its own name, and the other scores beside it."""
         super().completed(engine, name)
-        summaries = self.summaries()
+        summaries = self.summaries(resamples=0)
         stem = name.removesuffix("mean_dsc")
         for summary in summaries:
             # With volumes and pictures in one data set, NSD in mm and in pixels stay apart.
             place = stem if len(summaries) == 1 else f"{stem}{summary.unit}_"
             engine.state.metrics[f"{place}mean_nsd"] = summary.nsd
             for entry in summary.classes:
-                engine.state.metrics[f"{place}{entry.class_name.replace(' ', '_')}_dsc"] = entry.dsc
+                of_class = f"{place}{entry.class_name.replace(' ', '_')}"
+                engine.state.metrics[f"{of_class}_dsc"] = entry.dsc
+                engine.state.metrics[f"{of_class}_nsd"] = entry.nsd
 
-    def summaries(self) -> list[Summary]:
-        """Average over the cases seen, volumes and planar cases apart."""
-        units = sorted({score.unit for score in self.scores}) or ["mm"]
-        return [
-            summarise([score for score in self.scores if score.unit == unit], protocol=self.protocol, unit=unit)
-            for unit in units
-        ]
+    def summaries(self, *, resamples: int = RESAMPLES) -> list[Summary]:
+        """Average over the cases seen, volumes and planar cases apart.
 
-    def summary(self) -> Summary:
-        """Average over the cases seen, which must be all volumes or all planar."""
-        return summarise(self.scores, protocol=self.protocol, unit=self.scores[0].unit if self.scores else "mm")
+        Args:
+            resamples: draws of the intervals, seconds for a thousand cases; 0 leaves them out.
+        """
+        return summarise_units(self.scores, protocol=self.protocol, resamples=resamples)
 
     def _score(self, case: Mapping[str, Any]) -> list[ClassScore]:
         """Score one case, in the classes that its annotation tells about."""
@@ -112,34 +116,79 @@ class CaseScores(Metric):
             spacing=affine_to_spacing(np.asarray(image.affine, dtype=float)).tolist(),
             planar=bool(image.meta["planar"]),
             tolerance=self.tolerance,
+            patient=case.get("patient"),
+            partners=[self.partners[i] for i in annotated],
         )
 
 
 class ReportScores:
-    """Print an evaluation's table, and write `metrics.csv` and `metrics.json`.
+    """Print an evaluation's tables, and write `metrics.csv` and `summary.json`.
 
     Args:
         scores: the metric that has the cases.
         output_dir: where the files go.
+        averaging: of the DSC in the tables, `case`, `slice` or `dataset`; `summary.json` has all three.
     """
 
-    def __init__(self, scores: CaseScores, *, output_dir: str | Path) -> None:
+    def __init__(self, scores: CaseScores, *, output_dir: str | Path, averaging: str = "case") -> None:
+        check_averaging(averaging)
         self.scores = scores
         self.output_dir = Path(output_dir)
+        self.averaging = averaging
 
     def attach(self, engine: Engine) -> None:
         """Run at the end of the evaluation."""
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Write the files, and the table into the log."""
+        """Write the files, and the tables into the log."""
         if idist.get_rank() != 0:
             return
         prepare_output_folder(self.output_dir)
         write_scores_csv(self.scores.scores, self.output_dir / "metrics.csv")
-        summary = self.scores.summary()
-        write_summary_json(summary, self.output_dir / "metrics.json")
-        logger.info("\n%s", render_table(summary))
+        summaries = self.scores.summaries()
+        write_summary_json(summaries, self.output_dir / "summary.json")
+        logger.info("\n%s", render_tables(summaries, averaging=self.averaging))
+
+
+class RecordRun:
+    """Write `run.json`: with what command, versions, files and settings an evaluation was made, and what it took.
+
+    Args:
+        output_dir: where the file goes.
+        files: paths of the files that the scores depend on, one or several under each name; their hashes are noted.
+        settings: what was chosen, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_dir: str | Path,
+        files: Mapping[str, str | Sequence[str] | None],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.path = Path(output_dir) / "run.json"
+        self.files = files
+        self.settings = settings
+        self._start = time.monotonic()
+
+    def attach(self, engine: Engine) -> None:
+        """Take the time of the whole evaluation."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def start(self) -> None:
+        """Begin to take the time."""
+        self._start = time.monotonic()
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the file."""
+        if idist.get_rank() != 0:
+            return
+        prepare_output_folder(self.path.parent)
+        seconds = time.monotonic() - self._start
+        failed = getattr(engine, "failures", {})
+        write_run_record(self.path, files=self.files, settings=self.settings, seconds=seconds, failed=failed)
 
 
 def _as_masks(channels: torch.Tensor) -> np.ndarray:

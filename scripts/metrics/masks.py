@@ -33,7 +33,7 @@ def dice_score(prediction: Mask, truth: Mask) -> float:
     """
     check_masks(prediction, truth)
     total = np.count_nonzero(prediction) + np.count_nonzero(truth)
-    return 2 * np.count_nonzero(prediction & truth) / total if total else math.nan
+    return float(2 * np.count_nonzero(prediction & truth) / total) if total else math.nan
 
 
 def crop_to_union(prediction: Mask, truth: Mask) -> tuple[Mask, Mask]:

@@ -1,33 +1,37 @@
-"""Overlap and boundary scores of one case, and their averages over cases and classes.
+"""The scores of one case: overlap, surface distances, volume, and what was predicted where nothing is.
 
-Two scores are reported, both between 0 and 1, higher being better:
+The scores of one class in one case, on the voxels of the original image:
 
 - DSC, the Dice similarity coefficient 2 |P and T| / (|P| + |T|) of the predicted voxels P and the true voxels T;
 - NSD, the normalised surface Dice: the share of both boundaries that lies within a tolerance of the other boundary
-  (Nikolov et al., https://arxiv.org/abs/1809.04430). Boundary pieces are weighted by their length or area, as in
-  https://github.com/google-deepmind/surface-distance.
+  (Nikolov et al., https://arxiv.org/abs/1809.04430), boundary pieces weighted by their length or area as in
+  https://github.com/google-deepmind/surface-distance;
+- the NSD of the MedSAM challenge's script, which is another number (`scripts.metrics.challenge`);
+- HD95 and ASSD, the robust Hausdorff distance and the average symmetric surface distance;
+- the volume error in ml.
 
-Empty masks, the one rule for both scores:
+Empty masks, the one rule for all cases (that of two masks alone is in `scripts.metrics.pairs`):
 
-- prediction and truth both empty: NaN, there is nothing to compare;
-- exactly one of them empty: 0;
-- a case whose truth lacks a class: NaN for that class, whatever was predicted. It is counted, never averaged, and what
-  was predicted there shows up as false-positive slices.
+- the truth lacks the class: NaN for every score but the volume error, whatever was predicted. The case is counted and
+  not averaged, and what was predicted there shows up as false-positive slices;
+- the truth has the class and the prediction is empty: DSC and NSD are 0, distances are infinite, which averages leave
+  out and count, and the volume error is minus the true volume.
 
 Slices lie along the last axis of an array ``(H, W, D)``. A *planar* case is a 2D image (D = 1) or a stack of 2D images
-without a distance between them. Its boundaries are curves, so its NSD is taken slice by slice in pixels of the original
-image; a 3D boundary would count every foreground pixel of a slice as boundary and come out close to the DSC.
+without a distance between them. Its boundaries are curves, so its surfaces are measured slice by slice in pixels of the
+original image; a 3D boundary would count every foreground pixel of a slice and come out close to the DSC.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Final
 
 import numpy as np
 
-from scripts.errors import ConfigError, InputError
+from scripts.errors import InputError
+from scripts.metrics.challenge import nsd_challenge_by_class
+from scripts.metrics.detection import count_slices
 from scripts.metrics.distances import measure_distances
 from scripts.metrics.masks import (
     DEFAULT_TOLERANCE,
@@ -35,15 +39,8 @@ from scripts.metrics.masks import (
     check_masks,
     check_spacing,
     check_tolerance,
-    dice_score,
 )
-
-PROTOCOLS: Final = ("all", "oracle")
-"""Which slices a class is asked for on: "all" of the case, or ("oracle") only those whose truth contains it."""
-
-# A slice without the class is a false positive above one predicted pixel in so many (0.1 %); an integer, so that
-# the comparison at the threshold is exact.
-_PIXELS_PER_FALSE_POSITIVE: Final = 1000
+from scripts.metrics.pairs import PairMetrics, compare_masks, compare_slices
 
 
 @dataclass(frozen=True)
@@ -52,24 +49,41 @@ class ClassScore:
 
     Attributes:
         case: Name of the case.
-        class_id: The class's number in the vocabulary.
         class_name: The class's name in the vocabulary.
         dsc: Dice over all voxels of the case, 0 to 1; NaN where the truth lacks the class.
         nsd: Normalised surface Dice, 0 to 1; NaN where the truth lacks the class.
-        tolerance: Tolerance of ``nsd`` in ``unit``.
-        unit: "mm" where ``nsd`` was taken over the volume in 3D, "px" where it was averaged over planar slices.
+        nsd_challenge: NSD as the MedSAM challenge's script has it, 0 to 1; NaN where the truth lacks the class.
+        hd95: Robust Hausdorff distance in ``unit``; infinite where nothing was predicted, NaN where the truth lacks the
+            class.
+        assd: Average symmetric surface distance in ``unit``; likewise.
+        volume_error_ml: Predicted minus true volume in ml; NaN of a planar case.
+        patient: Whose case it is.
+        class_id: The class's number in the vocabulary.
+        tolerance: Tolerance of ``nsd`` and ``nsd_challenge`` in ``unit``.
+        unit: "mm" where surfaces were measured over the volume in 3D, "px" where over planar slices.
         truth_voxels: Voxels of the class in the truth.
         predicted_voxels: Voxels of the class in the prediction.
         slices: Slices of the case.
         absent_slices: Slices whose truth lacks the class.
         false_positive_slices: Absent slices on which more than 0.1 % of the pixels are predicted.
+        adjacent_absent_slices: Absent slices next to one that has the class.
+        adjacent_false_positive_slices: False-positive slices among these.
+        swapped_voxels: Predicted voxels inside the truth of the lateral partner, such as the other kidney; None of a
+            class without a partner, or one that was not annotated in this case.
+        false_negative_slices: Slices with the class on which nothing of it is predicted.
+        slice_dsc: Mean over the slices with the class of each slice's own DSC; NaN where the truth lacks the class.
     """
 
     case: str
-    class_id: int
     class_name: str
     dsc: float
     nsd: float
+    nsd_challenge: float
+    hd95: float
+    assd: float
+    volume_error_ml: float
+    patient: str
+    class_id: int
     tolerance: float
     unit: str
     truth_voxels: int
@@ -77,62 +91,23 @@ class ClassScore:
     slices: int
     absent_slices: int
     false_positive_slices: int
+    adjacent_absent_slices: int
+    adjacent_false_positive_slices: int
+    swapped_voxels: int | None
+    false_negative_slices: int
+    slice_dsc: float
 
     @property
     def present(self) -> bool:
         """Whether the truth of the case contains the class."""
         return self.truth_voxels > 0
 
-
-@dataclass(frozen=True)
-class ClassSummary:
-    """One class over all cases.
-
-    Attributes:
-        class_id: The class's number in the vocabulary.
-        class_name: The class's name in the vocabulary.
-        dsc: Mean DSC over the cases whose truth contains the class, 0 to 1; NaN where there is none.
-        nsd: Mean NSD over the same cases.
-        cases: Number of cases whose truth contains the class.
-        cases_without: Number of cases whose truth lacks it.
-        absent_slices: Slices of all cases whose truth lacks the class.
-        false_positive_slices: Absent slices on which more than 0.1 % of the pixels are predicted.
-    """
-
-    class_id: int
-    class_name: str
-    dsc: float
-    nsd: float
-    cases: int
-    cases_without: int
-    absent_slices: int
-    false_positive_slices: int
-
     @property
-    def false_positive_rate(self) -> float:
-        """False-positive slices over absent slices, 0 to 1; NaN where every slice contains the class."""
-        return self.false_positive_slices / self.absent_slices if self.absent_slices else math.nan
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All classes over all cases of one evaluation.
-
-    Attributes:
-        protocol: "all" or "oracle"; results of the two are not comparable.
-        unit: Unit of the tolerance, "mm" or "px".
-        tolerance: Tolerance of the NSD in ``unit``.
-        dsc: Unweighted mean of the classes' DSC over the classes that occur in a truth; NaN where none does.
-        nsd: Unweighted mean of the classes' NSD over the same classes.
-        classes: One entry per class in ascending id order.
-    """
-
-    protocol: str
-    unit: str
-    tolerance: float
-    dsc: float
-    nsd: float
-    classes: tuple[ClassSummary, ...]
+    def swapped_share(self) -> float:
+        """Share of the predicted voxels inside the partner's truth, 0 to 1; NaN without a partner or a prediction."""
+        if self.swapped_voxels is None or self.predicted_voxels == 0:
+            return math.nan
+        return self.swapped_voxels / self.predicted_voxels
 
 
 def normalized_surface_dice(
@@ -148,7 +123,7 @@ def normalized_surface_dice(
         tolerance: Largest distance, in the unit of ``spacing``, at which a boundary counts as found.
 
     Returns:
-        0 to 1; for empty masks see the module's rules.
+        0 to 1; 0 where exactly one mask is empty, NaN where both are.
 
     Raises:
         InputError: An array is not boolean or neither 2D nor 3D, the shapes differ, or the spacing does not fit them.
@@ -168,12 +143,19 @@ def score_case(
     spacing: Sequence[float] | None,
     planar: bool,
     tolerance: float = DEFAULT_TOLERANCE,
+    patient: str | None = None,
+    partners: Sequence[int | None] | None = None,
 ) -> list[ClassScore]:
     """Score every class of one case.
 
-    The DSC pools all slices of the case, so voxels predicted on slices without the class lower it. The NSD of a volume
-    is taken in 3D in mm. The NSD of a planar case is taken per slice in 2D in pixels and averaged over the slices
-    where the truth or the prediction has the class.
+    The DSC pools all slices of the case, so voxels predicted on slices without the class lower it. The surfaces of a
+    volume are measured in 3D in mm. Those of a planar case are measured per slice in 2D in pixels; its NSD is the mean
+    over the slices where the truth or the prediction has the class, its distances over those where both have.
+
+    The challenge's script gets a volume as its files hold it: the array as (slice, row, column) with the spacing as
+    (x, y, z), x being along a row. For the axes (x, y, z) of an axial NIfTI file that is ``array.transpose(2, 1, 0)``
+    with the file's own spacing. It sees the classes that the truth has. Of a planar case each slice is an image of its
+    own, and a class's score the mean over the slices that have it.
 
     Args:
         prediction: Boolean array ``(K, H, W, D)`` on the voxels of the original image, one channel per class.
@@ -185,66 +167,37 @@ def score_case(
         spacing: Voxel size in mm along (H, W, D). Not used, and may be None, for a planar case.
         planar: Whether the slices are 2D images without a distance between them.
         tolerance: Tolerance of the NSD, in pixels for a planar case, in mm for a volume.
+        patient: Whose case it is; its own name if None.
+        partners: For each channel the class number of its lateral partner, None without one; None for no partners.
 
     Returns:
         One score per class, in channel order.
 
     Raises:
-        InputError: The arrays are not boolean ``(K, H, W, D)`` of one shape, K differs from the number of ids or names,
-            or a volume comes without a spacing.
+        InputError: The arrays are not boolean ``(K, H, W, D)`` of one shape, K differs from the number of ids, names or
+            partners, or a volume comes without a spacing.
         ConfigError: The tolerance is negative or not finite.
     """
-    _check_case(prediction, truth, case, class_ids, class_names)
+    sides = [None] * len(class_ids) if partners is None else list(partners)
+    _check_case(prediction, truth, case, class_ids, class_names, sides)
     check_tolerance(tolerance)
     volume_spacing = None if planar else _require_spacing(spacing, case)
+    challenge = _challenge_scores(prediction, truth, spacing=volume_spacing, tolerance=tolerance)
     return [
         _score_class(
             prediction[channel],
             truth[channel],
             case=case,
-            class_id=class_ids[channel],
+            patient=case if patient is None else patient,
+            class_id=int(class_ids[channel]),
             class_name=class_names[channel],
+            challenge=challenge[channel],
+            swapped=_swapped_voxels(prediction[channel], truth, class_ids, sides[channel]),
             spacing=volume_spacing,
-            tolerance=tolerance,
+            tolerance=float(tolerance),
         )
         for channel in range(len(prediction))
     ]
-
-
-def summarise(scores: Sequence[ClassScore], *, protocol: str, unit: str) -> Summary:
-    """Average the scores of many cases, first over cases and then over classes.
-
-    A class's mean is over the cases whose truth contains it; the overall mean weighs every class that occurs alike,
-    whatever its number of cases.
-
-    Args:
-        scores: Scores of all cases and classes, in any order; all in the same unit and at the same tolerance.
-        protocol: How the classes were asked for, one of ``PROTOCOLS``.
-        unit: Unit the NSD is meant to be in, "mm" or "px".
-
-    Returns:
-        The averages, classes in ascending id order.
-
-    Raises:
-        ConfigError: The protocol is unknown, or the scores are not all in ``unit`` at one tolerance.
-        InputError: There are no scores, a class of a case comes twice, or ids and names do not match one to one.
-    """
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"Expected the protocol to be one of {', '.join(PROTOCOLS)}, got {protocol!r}; correct it.")
-    tolerance = _common_tolerance(scores, unit)
-    _check_classes(scores)
-    classes = tuple(
-        _summarise_class([score for score in scores if score.class_id == class_id])
-        for class_id in sorted({score.class_id for score in scores})
-    )
-    return Summary(
-        protocol=protocol,
-        unit=unit,
-        tolerance=tolerance,
-        dsc=_mean(entry.dsc for entry in classes if entry.cases),
-        nsd=_mean(entry.nsd for entry in classes if entry.cases),
-        classes=classes,
-    )
 
 
 def _score_class(
@@ -252,71 +205,97 @@ def _score_class(
     truth: Mask,
     *,
     case: str,
+    patient: str,
     class_id: int,
     class_name: str,
+    challenge: float,
+    swapped: int | None,
     spacing: Sequence[float] | None,
     tolerance: float,
 ) -> ClassScore:
-    """Score one class, arrays (H, W, D); without a spacing the case is planar."""
-    dsc, nsd = _overlap(prediction, truth, spacing, tolerance)
-    absent_slices, false_positive_slices = _count_false_positives(prediction, truth)
+    """Score one class, masks (H, W, D); without a spacing the case is planar."""
+    pair = _compare(prediction, truth, spacing=spacing, tolerance=tolerance)
+    counts = count_slices(prediction, truth)
     return ClassScore(
         case=case,
-        class_id=int(class_id),
         class_name=class_name,
-        dsc=dsc,
-        nsd=nsd,
-        tolerance=float(tolerance),
+        dsc=pair.dsc,
+        nsd=pair.nsd,
+        nsd_challenge=challenge,
+        hd95=pair.hd95,
+        assd=pair.assd,
+        volume_error_ml=pair.volume_error_ml,
+        patient=patient,
+        class_id=class_id,
+        tolerance=tolerance,
         unit="px" if spacing is None else "mm",
         truth_voxels=int(np.count_nonzero(truth)),
         predicted_voxels=int(np.count_nonzero(prediction)),
-        slices=truth.shape[-1],
-        absent_slices=absent_slices,
-        false_positive_slices=false_positive_slices,
+        slices=counts.slices,
+        absent_slices=counts.absent,
+        false_positive_slices=counts.false_positive,
+        adjacent_absent_slices=counts.adjacent_absent,
+        adjacent_false_positive_slices=counts.adjacent_false_positive,
+        swapped_voxels=swapped,
+        false_negative_slices=counts.false_negative,
+        slice_dsc=_mean_slice_dice(prediction, truth),
     )
 
 
-def _overlap(prediction: Mask, truth: Mask, spacing: Sequence[float] | None, tolerance: float) -> tuple[float, float]:
-    """DSC and NSD of one class, arrays (H, W, D); without a spacing the NSD is that of planar slices."""
-    if not truth.any():
-        return math.nan, math.nan
+def _compare(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None, tolerance: float) -> PairMetrics:
+    """Compare masks (H, W, D); of a class that the truth lacks there is only the volume error."""
     if spacing is None:
-        nsd = _planar_surface_dice(prediction, truth, tolerance)
+        pair = compare_slices(prediction, truth, tolerance=tolerance).mean
     else:
-        nsd = normalized_surface_dice(prediction, truth, spacing=spacing, tolerance=tolerance)
-    return dice_score(prediction, truth), nsd
+        pair = compare_masks(prediction, truth, spacing=spacing, tolerance=tolerance)
+    return pair if truth.any() else replace(pair, dsc=math.nan, nsd=math.nan, hd95=math.nan, assd=math.nan)
 
 
-def _planar_surface_dice(prediction: Mask, truth: Mask, tolerance: float) -> float:
-    """Mean 2D NSD in pixels over the slices of (H, W, D) where the prediction or the truth has something."""
-    return _mean(
-        normalized_surface_dice(prediction[..., index], truth[..., index], spacing=(1.0, 1.0), tolerance=tolerance)
-        for index in np.flatnonzero((prediction | truth).any(axis=(0, 1)))
+def _challenge_scores(
+    prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None, tolerance: float
+) -> list[float]:
+    """The challenge's NSD of each channel of (K, H, W, D); NaN where the truth lacks the class."""
+    if spacing is not None:
+        rows, columns, slices = spacing
+        stored = (columns, rows, slices)  # x, y, z
+        return _challenge_of_image(
+            prediction.transpose(0, 3, 1, 2), truth.transpose(0, 3, 1, 2), spacing=stored, tolerance=tolerance
+        )
+    images = [
+        _challenge_of_image(prediction[..., index], truth[..., index], spacing=None, tolerance=tolerance)
+        for index in range(truth.shape[-1])
+    ]
+    return [_mean(score for score in of_class if not math.isnan(score)) for of_class in zip(*images, strict=True)]
+
+
+def _challenge_of_image(
+    prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None, tolerance: float
+) -> list[float]:
+    """The challenge's NSD of each channel of (K, D, H, W) or (K, H, W); NaN where the truth lacks the class."""
+    present = [channel for channel, true in enumerate(truth) if true.any()]
+    scores = nsd_challenge_by_class(
+        [prediction[channel] for channel in present],
+        [truth[channel] for channel in present],
+        spacing=spacing,
+        tolerance=tolerance,
     )
+    found = dict(zip(present, scores, strict=True))
+    return [found.get(channel, math.nan) for channel in range(len(truth))]
 
 
-def _count_false_positives(prediction: Mask, truth: Mask) -> tuple[int, int]:
-    """Slices of (H, W, D) without the class, and those of them with more than 0.1 % of their pixels predicted."""
-    absent = ~truth.any(axis=(0, 1))  # (D,)
-    predicted = np.count_nonzero(prediction, axis=(0, 1))  # (D,)
-    pixels = truth.shape[0] * truth.shape[1]
-    false_positive = absent & (predicted * _PIXELS_PER_FALSE_POSITIVE > pixels)
-    return int(np.count_nonzero(absent)), int(np.count_nonzero(false_positive))
+def _swapped_voxels(prediction: Mask, truth: Mask, class_ids: Sequence[int], partner: int | None) -> int | None:
+    """Predicted voxels (H, W, D) of a class inside its partner's channel of the truth (K, H, W, D)."""
+    if partner is None or partner not in class_ids:
+        return None
+    return int(np.count_nonzero(prediction & truth[list(class_ids).index(partner)]))
 
 
-def _summarise_class(scores: Sequence[ClassScore]) -> ClassSummary:
-    """Average the scores of one class over the cases that contain it."""
-    present = [score for score in scores if score.present]
-    return ClassSummary(
-        class_id=scores[0].class_id,
-        class_name=scores[0].class_name,
-        dsc=_mean(score.dsc for score in present),
-        nsd=_mean(score.nsd for score in present),
-        cases=len(present),
-        cases_without=len(scores) - len(present),
-        absent_slices=sum(score.absent_slices for score in scores),
-        false_positive_slices=sum(score.false_positive_slices for score in scores),
-    )
+def _mean_slice_dice(prediction: Mask, truth: Mask) -> float:
+    """Mean over the slices of (H, W, D) with the class of each slice's DSC; NaN where there is none."""
+    true = np.count_nonzero(truth, axis=(0, 1))  # (D,)
+    total = np.count_nonzero(prediction, axis=(0, 1)) + true
+    common = np.count_nonzero(prediction & truth, axis=(0, 1))
+    return _mean(float(2 * common[index] / total[index]) for index in np.flatnonzero(true))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -325,54 +304,26 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(values) if values else math.nan
 
 
-def _common_tolerance(scores: Sequence[ClassScore], unit: str) -> float:
-    """The tolerance that all scores share, once they are known to be in the wanted unit."""
-    if not scores:
-        raise InputError("Expected the scores of at least one case, got none; check that the data list has cases.")
-    units = sorted({score.unit for score in scores})
-    if units != [unit]:
-        raise ConfigError(
-            f"Expected every NSD in {unit}, got {' and '.join(units)}; summarise planar cases (px) and volumes (mm) "
-            "apart from each other."
-        )
-    tolerances = sorted({score.tolerance for score in scores})
-    if len(tolerances) > 1:
-        raise ConfigError(
-            f"Expected every NSD at one tolerance, got {' and '.join(map(str, tolerances))} {unit}; "
-            "score all cases with the same one."
-        )
-    return tolerances[0]
-
-
-def _check_classes(scores: Sequence[ClassScore]) -> None:
-    """Refuse a class of a case that comes twice, and ids and names that do not match one to one."""
-    seen: set[tuple[str, int]] = set()
-    for score in scores:
-        if (score.case, score.class_id) in seen:
-            raise InputError(
-                f"Expected one score per case and class, got a second one for {score.class_name!r} in {score.case!r}; "
-                "give every case a name of its own."
-            )
-        seen.add((score.case, score.class_id))
-    pairs = sorted({(score.class_id, score.class_name) for score in scores})
-    if not len(pairs) == len({number for number, _ in pairs}) == len({name for _, name in pairs}):
-        raise InputError(
-            f"Expected one name per class id, got {pairs}; summarise only scores made with the same vocabulary."
-        )
-
-
-def _check_case(prediction: Mask, truth: Mask, case: str, class_ids: Sequence[int], class_names: Sequence[str]) -> None:
-    """Refuse arrays that are not (K, H, W, D) with one id and one name per channel."""
+def _check_case(
+    prediction: Mask,
+    truth: Mask,
+    case: str,
+    class_ids: Sequence[int],
+    class_names: Sequence[str],
+    partners: Sequence[int | None],
+) -> None:
+    """Refuse arrays that are not (K, H, W, D) with one id, one name and one partner per channel."""
     check_masks(prediction, truth)
     if prediction.ndim != 4:
         raise InputError(
             f"Expected arrays (K, H, W, D) for {case!r}, got the shape {prediction.shape}; "
             "add the missing axes, D = 1 for a 2D image."
         )
-    if not len(class_ids) == len(class_names) == len(prediction):
+    if not len(class_ids) == len(class_names) == len(partners) == len(prediction):
         raise InputError(
-            f"Expected one class id and one name per channel of {case!r}, got {len(class_ids)} ids, "
-            f"{len(class_names)} names and {len(prediction)} channels; pass them in channel order."
+            f"Expected one class id, one name and one partner per channel of {case!r}, got {len(class_ids)} ids, "
+            f"{len(class_names)} names, {len(partners)} partners and {len(prediction)} channels; pass them in channel "
+            "order."
         )
 
 

@@ -63,26 +63,38 @@ class Comparison:
 
 
 def class_intervals(
-    values: Values, *, patients: Sequence[str], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    values: Values,
+    *,
+    patients: Sequence[str],
+    weights: Values | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> tuple[list[Interval], Interval]:
     """Give the mean of each class over its cases, and the mean of these means, with their intervals.
 
     Args:
         values: `(cases, K)`, NaN where a case lacks a class.
         patients: of each case.
+        weights: `(cases, K)`, how much a case counts in the mean of a class, such as its slices in a mean over slices;
+            all alike if None.
         seed: of the resampling.
-        resamples: number of draws.
+        resamples: number of draws; 0 for means without intervals, whose ends are then NaN.
         level: share of the resampled means within an interval, above 0 and below 1.
 
     Returns:
         One interval for each class, and that of the unweighted mean over the classes that occur.
 
     Raises:
-        InputError: values that are no such table, or another number of patients than of cases.
+        InputError: values that are no such table, another number of patients than of cases, or weights of another
+            shape.
     """
     groups = _groups(values, patients)
-    means = _resampled_means(values, groups, seed=seed, resamples=resamples)  # (resamples, K)
-    observed = _mean_of_columns(values)
+    if weights is not None and weights.shape != values.shape:
+        raise InputError(f"expected a weight for each of {values.shape} values, got {weights.shape}; pass them alike")
+    counts = (~np.isnan(values)).astype(np.float64) if weights is None else np.where(np.isnan(values), 0, weights)
+    means = _resampled_means(values, counts, groups, seed=seed, resamples=resamples)  # (resamples, K)
+    observed = _weighted_means(np.nan_to_num(values) * counts, counts)
     occurring = ~np.isnan(observed)
     with_value = ~np.isnan(values)
     classes = [
@@ -135,12 +147,20 @@ def _groups(values: Values, patients: Sequence[str]) -> npt.NDArray[np.intp]:
     return np.unique(np.asarray(patients, dtype=str), return_inverse=True)[1]
 
 
-def _resampled_means(values: Values, groups: npt.NDArray[np.intp], *, seed: int, resamples: int) -> Values:
+def _weighted_means(sums: Values, weights: Values) -> Values:
+    """Give each class's mean `(K,)` of weighted values and their weights `(cases, K)`; NaN where no weight is."""
+    with np.errstate(invalid="ignore"):
+        return sums.sum(axis=0) / weights.sum(axis=0)
+
+
+def _resampled_means(
+    values: Values, weights: Values, groups: npt.NDArray[np.intp], *, seed: int, resamples: int
+) -> Values:
     """Draw patients with replacement, and give each class's mean in each draw, `(resamples, K)`; NaN where none is."""
     patients = int(groups.max(initial=-1)) + 1
     sums, counts = np.zeros((patients, values.shape[1])), np.zeros((patients, values.shape[1]))
-    np.add.at(sums, groups, np.nan_to_num(values))
-    np.add.at(counts, groups, ~np.isnan(values))
+    np.add.at(sums, groups, np.nan_to_num(values) * weights)
+    np.add.at(counts, groups, weights)
     generator = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, _AT_ONCE) if patients else ():
@@ -163,7 +183,7 @@ def _interval(
     patients = len(np.unique(groups[chosen]))
     known = resampled[~np.isnan(resampled)]
     low, high = float("nan"), float("nan")
-    if patients > 1:
+    if patients > 1 and len(known):
         low, high = (float(end) for end in np.percentile(known, [50 * (1 - level), 50 * (1 + level)]))
     return Interval(mean=float(mean), low=low, high=high, cases=int(chosen.sum()), patients=patients)
 
@@ -177,11 +197,6 @@ def _wilcoxon(differences: Values, groups: npt.NDArray[np.intp]) -> float:
         return float("nan")
     each = [differences[known & (groups == group)].mean() for group in np.unique(groups[known])]
     return float(wilcoxon(each).pvalue) if np.any(each) else 1.0
-
-
-def _mean_of_columns(values: Values) -> Values:
-    """Average each column over what it has; NaN where that is nothing."""
-    return _mean_of_rows(values.T)
 
 
 def _mean_of_rows(values: Values) -> Values:

@@ -93,7 +93,8 @@ def element_sizes(spacing: Sequence[float]) -> npt.NDArray[np.float64]:
 
 def _extract_surface(mask: Mask, sizes: npt.NDArray[np.float64]) -> Surface:
     """Number the neighbourhoods of a mask and keep those that are neither empty nor full."""
-    codes = _number_neighbourhoods(np.pad(mask, MARGIN + 1))
+    # In C order whatever the mask's own is, which NumPy's padding would keep: distances count on it.
+    codes = _number_neighbourhoods(np.pad(np.ascontiguousarray(mask), MARGIN + 1))
     # In uint8, 0 - 1 is 255: one comparison leaves out both the empty (0) and the full (the last) neighbourhood.
     border = codes - np.uint8(1) < len(sizes) - 2
     points = np.flatnonzero(border)

@@ -1,54 +1,101 @@
 """Evaluation results as a text table, as CSV (one row per case and class) and as JSON (the averages).
 
 A score that does not exist, because the truth of a case lacks the class, is a dash in the table, an empty cell in CSV
-and null in JSON. A table or JSON file holds one summary, thus one protocol.
+and null in JSON; an infinite distance is `inf` in CSV and takes part in no average. A table holds one summary, thus one
+protocol and one unit; a JSON file holds one protocol.
 """
 
 import csv
 import io
 import json
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.errors import InputError, OutputError
-from scripts.metrics.scores import ClassScore, ClassSummary, Summary
+from scripts.errors import ConfigError, InputError, OutputError
+from scripts.files import atomic_path
+from scripts.metrics.scores import ClassScore
+from scripts.metrics.statistics import LEVEL, RESAMPLES, Interval
+from scripts.metrics.summaries import AVERAGINGS, ClassSummary, RunComparison, Summary
 
 _PROTOCOL_TEXT: Final = {
     "all": "every class was asked for on every slice, so what is predicted on slices without it counts as an error",
     "oracle": "a class was asked for only on the slices whose truth contains it, so false positives on the other "
     "slices cannot occur",
 }
-_UNIT_TEXT: Final = {
-    "mm": "NSD over each volume in 3D",
-    "px": "NSD per slice in 2D, averaged over the slices whose truth or prediction contains the class",
+_AVERAGING_TEXT: Final = {
+    "case": "DSC over all slices of a case pooled, averaged over the cases whose truth contains the class",
+    "slice": "DSC of each slice, averaged over all slices whose truth contains the class",
+    "dataset": "DSC over the voxels of all cases together whose truth contains the class",
 }
-_COLUMNS: Final = tuple(field.name for field in fields(ClassScore))
+_DSC_MEANS: Final = {"case": "dsc", "slice": "dsc_per_slice", "dataset": "dsc_per_dataset"}
+_UNIT_TEXT: Final = {
+    "mm": "NSD, HD95 and ASSD over each volume in 3D, averaged over the same cases",
+    "px": "NSD, HD95 and ASSD per slice in 2D, NSD averaged over the slices whose truth or prediction contains the "
+    "class, distances over those where both do, then over the same cases",
+}
+_SCORE_NAMES: Final = {"dsc": "DSC", "nsd": "NSD", "nsd_challenge": "NSD of the challenge"}
+_COLUMNS: Final = tuple("class" if field.name == "class_name" else field.name for field in fields(ClassScore))
 _MISSING: Final = "-"
+_PER_CENT: Final = 100
 
 
-def render_table(summary: Summary) -> str:
-    """Show the averages as an aligned plain-text table.
+def render_table(summary: Summary, *, averaging: str = "case") -> str:
+    """Show the averages as aligned plain-text tables: the scores, then the counts of cases and slices.
 
     Args:
         summary: Averages of one evaluation.
+        averaging: How the DSC is averaged, "case", "slice" or "dataset"; all else is per case.
 
     Returns:
-        A caption that names the protocol and the averaging, then a head, one line per class and one with the mean of
-        the classes. Scores are between 0 and 1, the last column is in percent.
+        A caption that names the protocol and the averaging, then both tables, each with one line per class. Scores are
+        between 0 and 1, distances in the summary's unit, shares in percent.
+
+    Raises:
+        ConfigError: There is no such averaging.
     """
-    head = ["class", "DSC", f"NSD @ {summary.tolerance:g} {summary.unit}", "cases", "cases without", "FP slices %"]
-    mean = ["mean", _score_text(summary.dsc), _score_text(summary.nsd), "", "", ""]
-    rows = [head, *(_class_row(entry) for entry in summary.classes), mean]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [_align(row, widths) for row in rows]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([_caption(summary), "", lines[0], rule, *lines[1:-1], rule, lines[-1]]) + "\n"
+    check_averaging(averaging)
+    counts = [_count_head(summary), *(_count_row(entry, summary) for entry in summary.classes)]
+    tables = [_caption(summary, averaging), _rendered(_score_rows(summary, averaging), footer=1), _rendered(counts)]
+    return "\n\n".join(tables) + "\n"
+
+
+def check_averaging(averaging: str) -> None:
+    """Refuse a way to average that there is not.
+
+    Raises:
+        ConfigError: There is no such averaging.
+    """
+    if averaging not in AVERAGINGS:
+        raise ConfigError(f"Expected averaging to be one of {', '.join(AVERAGINGS)}, got {averaging!r}; correct it.")
+
+
+def render_tables(summaries: Sequence[Summary], *, averaging: str = "case") -> str:
+    """Show one table after the other, volumes (mm) and planar cases (px) apart; see ``render_table``."""
+    return "\n".join(render_table(summary, averaging=averaging) for summary in summaries)
+
+
+def render_comparison(comparisons: Sequence[RunComparison], *, names: Sequence[str]) -> str:
+    """Show two runs side by side as plain-text tables, one per score and unit.
+
+    Args:
+        comparisons: Of one pair of runs.
+        names: What to call the first and the second run.
+
+    Returns:
+        For each class and the mean of the classes: both runs' means, the second less the first with its interval, the
+        p-value and the verdict on the second.
+    """
+    caption = textwrap.fill(
+        f"Second run ({names[1]}) less first ({names[0]}), case by case; interval: {_interval_text()}; p: Wilcoxon's "
+        "signed-rank test over patients, two-sided; verdict on the second run by whether the interval excludes zero.",
+        width=100,
+        subsequent_indent="  ",
+    )
+    return "\n\n".join([caption, *(_comparison_table(entry) for entry in comparisons)]) + "\n"
 
 
 def write_scores_csv(scores: Sequence[ClassScore], path: Path) -> None:
@@ -95,57 +142,171 @@ def read_scores_csv(path: Path) -> list[ClassScore]:
     return [_parse_row(row, f"row {number} of {path}") for number, row in enumerate(rows[1:], start=2)]
 
 
-def write_summary_json(summary: Summary, path: Path, *, seconds: float | None = None) -> None:
-    """Write the averages for other programs.
+def write_summary_json(summaries: Sequence[Summary], path: Path) -> None:
+    """Write the averages of one evaluation for other programs.
 
     Args:
-        summary: Averages of one evaluation.
+        summaries: One per unit; all of one protocol.
         path: File to write; its folder is made where it is missing.
-        seconds: How long the evaluation took, where it was measured.
 
     Raises:
         OutputError: The folder or the file cannot be written.
     """
     content = {
-        "protocol": summary.protocol,
-        "unit": summary.unit,
-        "tolerance": summary.tolerance,
-        "mean": {"dsc": _null(summary.dsc), "nsd": _null(summary.nsd)},
-        "classes": {entry.class_name: _class_json(entry) for entry in summary.classes},
-        "seconds": seconds,
+        "protocol": summaries[0].protocol,
+        "averaging": {
+            **{name: _AVERAGING_TEXT[averaging] for averaging, name in _DSC_MEANS.items()},
+            "others": "per case, as dsc",
+            "mean": "unweighted over the classes that a truth contains",
+        },
+        "intervals": {"text": _interval_text(), "level": LEVEL, "resamples": RESAMPLES},
+        "units": {summary.unit: _summary_json(summary) for summary in summaries},
     }
+    write_json(content, path)
+
+
+def comparison_json(comparisons: Sequence[RunComparison], *, runs: Sequence[Path]) -> dict[str, Any]:
+    """Two runs compared, for other programs; see ``write_json``.
+
+    Args:
+        comparisons: Of one pair of runs.
+        runs: Folders of the first and the second run.
+    """
+    return {
+        "first": str(runs[0]),
+        "second": str(runs[1]),
+        "intervals": {"text": _interval_text(), "level": LEVEL, "resamples": RESAMPLES},
+        "scores": [
+            {
+                "score": entry.score,
+                "unit": entry.unit,
+                "tolerance": entry.tolerance,
+                "classes": dict(zip(entry.class_names, _comparisons_json(entry), strict=False)),
+                "mean": _comparisons_json(entry)[-1],
+            }
+            for entry in comparisons
+        ],
+    }
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file of two blanks' indentation whole or not at all.
+
+    Args:
+        content: Without NaN and infinity, which JSON does not know.
+        path: File to write; its folder is made where it is missing.
+
+    Raises:
+        OutputError: The folder or the file cannot be written.
+    """
     _write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
-def _caption(summary: Summary) -> str:
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def _caption(summary: Summary, averaging: str) -> str:
     """State what the numbers below mean."""
     count = sum(1 for entry in summary.classes if entry.cases)
-    lines = (
+    lines = [
         f'Protocol "{summary.protocol}": {_PROTOCOL_TEXT[summary.protocol]}.',
-        f"DSC over all slices of a case pooled; {_UNIT_TEXT[summary.unit]}.",
-        "Classes: mean over the cases whose truth contains the class. "
-        f"Mean: unweighted over the {count} of {len(summary.classes)} classes that occur.",
-        "FP slices: share of the slices without the class on which more than 0.1 % of the pixels are predicted.",
-    )
+        f"Averaging per {'data set' if averaging == 'dataset' else averaging}: {_AVERAGING_TEXT[averaging]}; "
+        f"{_UNIT_TEXT[summary.unit]}.",
+        f"Mean: unweighted over the {count} of {len(summary.classes)} classes that occur. Intervals: "
+        f"{_interval_text()}; {summary.patients} patients, {summary.cases} cases.",
+        "without: cases that lack the class, counted and not averaged. missed: cases with the class and no prediction. "
+        "inf: cases with the class and infinite distances, which no mean has. FP cases: cases without the class that "
+        "have a false-positive slice.",
+        "FP %: share of the slices without the class on which more than 0.1 % of the pixels are predicted; near: of "
+        "those next to a slice with the class; far: of the others. FN %: share of the slices with the class on which "
+        "nothing is predicted.",
+    ]
+    if _has_sides(summary):
+        lines.append("swapped %: share of the predicted voxels that lie in the truth of the other side, mean of cases.")
     return "\n".join(textwrap.fill(line, width=100, subsequent_indent="  ") for line in lines)
 
 
-def _class_row(entry: ClassSummary) -> list[str]:
-    """The cells of one class."""
-    rate = entry.false_positive_rate
-    return [
-        entry.class_name,
-        _score_text(entry.dsc),
-        _score_text(entry.nsd),
-        str(entry.cases),
-        str(entry.cases_without),
-        _MISSING if math.isnan(rate) else f"{100 * rate:.1f}",
+def _interval_text() -> str:
+    return f"{LEVEL * _PER_CENT:g} % of {RESAMPLES} bootstrap samples that draw patients"
+
+
+def _score_rows(summary: Summary, averaging: str) -> list[list[str]]:
+    """Head, classes and mean of the table of scores."""
+    dsc, unit = _DSC_MEANS[averaging], summary.unit
+    head = ["class", "DSC", f"NSD @ {summary.tolerance:g} {unit}", "DSC 95 %", "NSD 95 %", "NSD challenge"]
+    head += [f"HD95 {unit}", f"ASSD {unit}"]
+    named = [*((entry.class_name, entry.means) for entry in summary.classes), ("mean", summary.means)]
+    rows = [
+        [
+            name,
+            _score_text(means[dsc].mean),
+            _score_text(means["nsd"].mean),
+            _range_text(means[dsc]),
+            _range_text(means["nsd"]),
+            _score_text(means["nsd_challenge"].mean),
+            _number_text(means["hd95"].mean),
+            _number_text(means["assd"].mean),
+        ]
+        for name, means in named
     ]
+    return [head, *rows]
 
 
-def _score_text(value: float) -> str:
-    """A score with four decimals."""
-    return _MISSING if math.isnan(value) else f"{value:.4f}"
+def _count_head(summary: Summary) -> list[str]:
+    head = ["class", "cases", "without", "missed", "inf", "FP cases", "FP %", "near FP %", "far FP %", "FN %"]
+    return head + ["volume ml"] * (summary.unit == "mm") + ["swapped %"] * _has_sides(summary)
+
+
+def _count_row(entry: ClassSummary, summary: Summary) -> list[str]:
+    """The counts of one class, in the order of the head."""
+    counts = [entry.cases, entry.cases_without, entry.false_negative_cases, entry.infinite_distances]
+    counts.append(entry.false_positive_cases)
+    rates = [
+        entry.false_positive_rate,
+        entry.adjacent_false_positive_rate,
+        entry.isolated_false_positive_rate,
+        entry.false_negative_rate,
+    ]
+    row = [entry.class_name, *map(str, counts), *map(_per_cent_text, rates)]
+    row += [_number_text(entry.means["volume_error_ml"].mean)] * (summary.unit == "mm")
+    return row + [_per_cent_text(entry.swapped_share)] * _has_sides(summary)
+
+
+def _has_sides(summary: Summary) -> bool:
+    """Whether a class has a lateral partner, so that sides can be swapped."""
+    return any(entry.has_partner for entry in summary.classes)
+
+
+def _comparison_table(entry: RunComparison) -> str:
+    """One score of two runs."""
+    place = f" @ {entry.tolerance:g} {entry.unit}" if entry.score != "dsc" else ""
+    title = f"{_SCORE_NAMES[entry.score]}{place}, {'volumes' if entry.unit == 'mm' else 'planar cases'}"
+    head = ["class", "first", "second", "difference", "95 %", "p", "cases", "verdict"]
+    rows = [
+        [
+            name,
+            _score_text(first),
+            _score_text(second),
+            _signed_text(found.difference.mean),
+            _range_text(found.difference, signed=True),
+            _MISSING if math.isnan(found.p_value) else f"{found.p_value:.4f}",
+            str(found.difference.cases),
+            found.verdict,
+        ]
+        for name, first, second, found in zip(
+            (*entry.class_names, "mean"), entry.first, entry.second, entry.comparisons, strict=True
+        )
+    ]
+    return f"{title}\n\n{_rendered([head, *rows], footer=1)}"
+
+
+def _rendered(rows: Sequence[Sequence[str]], *, footer: int = 0) -> str:
+    """Align a head and its rows, with a rule below the head and above the last rows."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_align(row, widths) for row in rows]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    last = len(lines) - footer
+    return "\n".join([lines[0], rule, *lines[1:last], *([rule, *lines[last:]] if footer else [])])
 
 
 def _align(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -154,18 +315,97 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
-def _class_json(entry: ClassSummary) -> dict[str, int | float | None]:
+def _score_text(value: float) -> str:
+    """A score with four decimals."""
+    return _MISSING if math.isnan(value) else f"{value:.4f}"
+
+
+def _signed_text(value: float) -> str:
+    return _MISSING if math.isnan(value) else f"{value:+.4f}"
+
+
+def _number_text(value: float) -> str:
+    """A distance or a volume with two decimals."""
+    return _MISSING if math.isnan(value) else f"{value:.2f}"
+
+
+def _per_cent_text(share: float) -> str:
+    return _MISSING if math.isnan(share) else f"{_PER_CENT * share:.1f}"
+
+
+def _range_text(interval: Interval, *, signed: bool = False) -> str:
+    """The ends of an interval; a dash where there are too few patients for one."""
+    if math.isnan(interval.low):
+        return _MISSING
+    if signed:
+        return f"{interval.low:+.4f} to {interval.high:+.4f}"
+    return f"{interval.low:.3f} to {interval.high:.3f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the JSON
+
+
+def _summary_json(summary: Summary) -> dict[str, Any]:
+    """One unit's entry in the JSON file."""
+    return {
+        "tolerance": summary.tolerance,
+        "cases": summary.cases,
+        "patients": summary.patients,
+        "mean": _means_json(summary.means),
+        "classes": {entry.class_name: _class_json(entry) for entry in summary.classes},
+    }
+
+
+def _means_json(means: dict[str, Interval]) -> dict[str, Any]:
+    """Each mean by its name, and all intervals."""
+    return {
+        **{name: _null(interval.mean) for name, interval in means.items()},
+        "intervals": {name: [_null(interval.low), _null(interval.high)] for name, interval in means.items()},
+    }
+
+
+def _class_json(entry: ClassSummary) -> dict[str, Any]:
     """One class's entry in the JSON file."""
     return {
         "id": entry.class_id,
-        "dsc": _null(entry.dsc),
-        "nsd": _null(entry.nsd),
+        **_means_json(entry.means),
         "cases": entry.cases,
         "cases_without": entry.cases_without,
+        "patients": entry.means["dsc"].patients,
+        "false_negative_cases": entry.false_negative_cases,
+        "infinite_distances": entry.infinite_distances,
+        "false_positive_cases": entry.false_positive_cases,
+        "slices": entry.slices,
         "absent_slices": entry.absent_slices,
         "false_positive_slices": entry.false_positive_slices,
         "false_positive_rate": _null(entry.false_positive_rate),
+        "adjacent_absent_slices": entry.adjacent_absent_slices,
+        "adjacent_false_positive_slices": entry.adjacent_false_positive_slices,
+        "adjacent_false_positive_rate": _null(entry.adjacent_false_positive_rate),
+        "isolated_false_positive_slices": entry.false_positive_slices - entry.adjacent_false_positive_slices,
+        "isolated_false_positive_rate": _null(entry.isolated_false_positive_rate),
+        "false_negative_slices": entry.false_negative_slices,
+        "false_negative_rate": _null(entry.false_negative_rate),
+        "swapped_share": _null(entry.swapped_share),
+        "swap_cases": entry.swap_cases if entry.has_partner else None,
     }
+
+
+def _comparisons_json(entry: RunComparison) -> list[dict[str, Any]]:
+    """The classes' and then the mean's entry in the JSON file."""
+    return [
+        {
+            "first": _null(first),
+            "second": _null(second),
+            "difference": _null(found.difference.mean),
+            "interval": [_null(found.difference.low), _null(found.difference.high)],
+            "p_value": _null(found.p_value),
+            "cases": found.difference.cases,
+            "patients": found.difference.patients,
+            "verdict": found.verdict,
+        }
+        for first, second, found in zip(entry.first, entry.second, entry.comparisons, strict=True)
+    ]
 
 
 def _null(value: float) -> float | None:
@@ -173,24 +413,27 @@ def _null(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _cell(value: str | float) -> str | float:
-    """NaN as an empty cell."""
-    return "" if isinstance(value, float) and math.isnan(value) else value
+# ------------------------------------------------------------------------------------------------------------- the CSV
+
+
+def _cell(value: str | float | None) -> str | float:
+    """NaN and None as an empty cell."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def _parse_row(row: Sequence[str], where: str) -> ClassScore:
     """Turn the cells of one row into a score."""
     if len(row) != len(_COLUMNS):
         raise InputError(f"Expected {len(_COLUMNS)} cells in {where}, got {len(row)}; write the file again.")
-    values: dict[str, Any] = {}
+    values: list[Any] = []
     for column, cell in zip(_COLUMNS, row, strict=True):
         try:
-            values[column] = _PARSERS.get(column, int)(cell)
+            values.append(_PARSERS.get(column, int)(cell))
         except ValueError as error:
             raise InputError(
                 f"Expected a number as {column} in {where}, got {cell!r}; write the file again."
             ) from error
-    return ClassScore(**values)
+    return ClassScore(*values)
 
 
 def _parse_score(cell: str) -> float:
@@ -200,26 +443,27 @@ def _parse_score(cell: str) -> float:
 
 _PARSERS: Final[dict[str, Callable[[str], Any]]] = {
     "case": str,
-    "class_name": str,
-    "dsc": _parse_score,
-    "nsd": _parse_score,
-    "tolerance": float,
+    "class": str,
+    "patient": str,
     "unit": str,
+    "tolerance": float,
+    "swapped_voxels": lambda cell: int(cell) if cell else None,
+    **dict.fromkeys(
+        ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml", "slice_dsc"),
+        _parse_score,
+    ),
 }
 """How a cell is read, by its column; columns not named hold counts."""
 
 
 def _write_text(text: str, path: Path) -> None:
-    """Write a file under a temporary name in its folder and move it into place, so that it is never half there."""
+    """Write a file whole or not at all, and its folder where it is missing."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OutputError(
             f"Expected a place to write {path}, got: {error}; choose a folder you may write to."
         ) from error
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")

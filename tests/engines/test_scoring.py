@@ -1,5 +1,6 @@
 """What an evaluation reports: the scores of `score_case` on the right masks, with the right spacing and names."""
 
+import hashlib
 import json
 import logging
 import math
@@ -13,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from scripts.engines.batches import PrepareCase, only_case
 from scripts.engines.evaluators import FAILURE, CaseEvaluator
-from scripts.engines.scoring import CaseScores, ReportScores
-from scripts.errors import InputError
-from scripts.metrics.scores import score_case, summarise
-from scripts.report.tables import read_scores_csv, render_table
+from scripts.engines.scoring import CaseScores, RecordRun, ReportScores
+from scripts.errors import ConfigError, InputError
+from scripts.metrics.scores import score_case
+from scripts.metrics.summaries import summarise
+from scripts.report.tables import read_scores_csv, render_tables
 
 SPACING = (2.0, 0.5, 5.0)
 
@@ -76,7 +78,7 @@ def test_pictures_are_measured_in_pixels(make_case, vocabulary):
     scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
     scores.update([{**case, "pred": predicted(case, shift=3)}])
     assert scores.scores == by_hand(case, predicted(case, shift=3), [1, 2], ["liver", "spleen"], planar=True)
-    assert scores.summary().unit == "px"
+    assert [summary.unit for summary in scores.summaries()] == ["px"]
 
 
 def test_only_annotated_classes_are_scored(make_case, vocabulary):
@@ -93,7 +95,7 @@ def test_a_class_that_is_not_there_has_no_score_but_false_positives(make_case, v
     prediction = torch.ones_like(case["label"].as_tensor()).bool()
     scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
     scores.update([{**case, "pred": prediction}])
-    spleen = scores.summary().classes[1]
+    spleen = scores.summaries()[0].classes[1]
     assert math.isnan(spleen.dsc)
     assert (spleen.cases, spleen.cases_without, spleen.false_positive_slices) == (0, 1, 4)
     assert scores.compute() == pytest.approx(scores.scores[0].dsc)
@@ -162,13 +164,62 @@ def test_the_report_is_printed_and_written(make_case, vocabulary, tmp_path, capl
     with caplog.at_level(logging.INFO, "scripts.engines.scoring"):
         evaluator_of([make_case("a"), make_case("b")], scores, report).run()
     folder = tmp_path / "new" / "folder"
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "summary.json"]
     assert read_scores_csv(folder / "metrics.csv") == scores.scores
-    content = json.loads((folder / "metrics.json").read_text())
+    content = json.loads((folder / "summary.json").read_text())
     assert content["protocol"] == "oracle"
-    assert content["mean"]["dsc"] == scores.summary().dsc
-    assert list(content["classes"]) == ["liver", "spleen"]
-    assert render_table(scores.summary()) in caplog.text
+    assert content["units"]["mm"]["mean"]["dsc"] == scores.summaries()[0].dsc
+    assert list(content["units"]["mm"]["classes"]) == ["liver", "spleen"]
+    assert render_tables(scores.summaries()) in caplog.text
+
+
+def test_volumes_and_pictures_have_a_table_each(make_case, vocabulary, tmp_path, caplog):
+    cases = [make_case("a"), make_case("b", shape=(12, 16, 1), planar=True)]
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    with caplog.at_level(logging.INFO, "scripts.engines.scoring"):
+        evaluator_of(cases, scores, ReportScores(scores, output_dir=tmp_path, averaging="slice")).run()
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert {unit: entry["cases"] for unit, entry in content["units"].items()} == {"mm": 1, "px": 1}
+    assert "NSD @ 2 mm" in caplog.text
+    assert "NSD @ 2 px" in caplog.text
+    assert caplog.text.count("Averaging per slice") == 2
+    assert {score.unit for score in read_scores_csv(tmp_path / "metrics.csv")} == {"mm", "px"}
+
+
+def test_an_unknown_averaging_is_refused_before_the_work(vocabulary, tmp_path):
+    with pytest.raises(ConfigError, match="averaging"):
+        ReportScores(CaseScores(class_ids=[1], vocabulary=vocabulary), output_dir=tmp_path, averaging="none")
+
+
+def test_patient_and_sides_come_from_datalist_and_vocabulary(make_case, vocabulary):
+    case = make_case(classes=5, annotated=(1, 4, 5))
+    case["patient"] = "p7"
+    case["label"][3, 2:9, 2:6] = 1
+    case["label"][4, 7:11, 2:8] = 1
+    prediction = case["label"].as_tensor().bool().clone()
+    prediction[3] |= prediction[4]  # the right kidney taken for the left one as well
+    scores = CaseScores(class_ids=[1, 2, 3, 4, 5], vocabulary=vocabulary)
+    scores.update([{**case, "pred": prediction}])
+    liver, left, right = scores.scores
+    assert {score.patient for score in scores.scores} == {"p7"}
+    assert liver.swapped_voxels is None
+    assert left.swapped_voxels == int(case["label"][4].sum()) > 0
+    # The blocks of the two classes overlap in the truth.
+    assert right.swapped_voxels == int((case["label"][3] * case["label"][4]).sum())
+
+
+def test_the_run_is_recorded(make_case, vocabulary, tmp_path):
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    record = RecordRun(
+        output_dir=tmp_path / "new", files={"checkpoint": str(tmp_path / "model.pt")}, settings={"presence": "all"}
+    )
+    evaluator_of([make_case("a"), {"case": "bad", FAILURE: "unreadable"}], scores, record).run()
+    content = json.loads((tmp_path / "new" / "run.json").read_text())
+    assert content["settings"] == {"presence": "all"}
+    assert content["failed"] == {"bad": "unreadable"}
+    assert content["files"]["checkpoint"]["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert 0 < content["seconds"] < 60
 
 
 def test_nothing_to_score_is_said(vocabulary, tmp_path):

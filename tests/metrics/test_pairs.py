@@ -214,3 +214,17 @@ def test_pairs_that_cannot_be_compared() -> None:
         compare_slices(mask, mask)
     with pytest.raises(InputError, match="of one shape"):
         compare_slices(mask[..., None], mask)
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (9, 7, 8)])
+def test_the_order_in_memory_does_not_matter(shape: tuple[int, ...]) -> None:
+    """Masks from end to end of all axes, which stay whole, and thus in their order, when they are cut to their box."""
+    truth, prediction = np.zeros((2, *shape), dtype=bool)
+    truth[-5:-1, 2:6] = True
+    prediction[-2:, 2:6] = True
+    prediction[:2, 2:6] = True
+    prediction[tuple([0] * len(shape))] = prediction[tuple([-1] * len(shape))] = True
+    spacing = (1.0, 0.7, 2.5)[: len(shape)]
+    expected = astuple(compare_masks(prediction, truth, spacing=spacing))
+    for first, second in ((np.asfortranarray(prediction), np.asfortranarray(truth)), (prediction.T.copy().T, truth)):
+        assert astuple(compare_masks(first, second, spacing=spacing)) == pytest.approx(expected, nan_ok=True)

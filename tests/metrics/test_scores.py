@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,10 @@ import numpy.typing as npt
 import pytest
 
 from scripts.errors import ConfigError, InputError
-from scripts.metrics.scores import ClassScore, dice_score, normalized_surface_dice, score_case, summarise
+from scripts.metrics.challenge import nsd_challenge, nsd_challenge_by_class
+from scripts.metrics.masks import dice_score
+from scripts.metrics.pairs import compare_masks
+from scripts.metrics.scores import ClassScore, normalized_surface_dice, score_case
 
 Mask = npt.NDArray[np.bool_]
 ROOT_2 = math.sqrt(2)
@@ -40,25 +42,6 @@ def one_class(prediction: Mask, truth: Mask, *, planar: bool = True, tolerance: 
         tolerance=tolerance,
     )
     return score
-
-
-def class_score(case: str, class_id: int, name: str, dsc: float, nsd: float, **changes: object) -> ClassScore:
-    missing = math.isnan(dsc)
-    score = ClassScore(
-        case=case,
-        class_id=class_id,
-        class_name=name,
-        dsc=dsc,
-        nsd=nsd,
-        tolerance=2.0,
-        unit="mm",
-        truth_voxels=0 if missing else 50,
-        predicted_voxels=40,
-        slices=10,
-        absent_slices=10 if missing else 4,
-        false_positive_slices=1,
-    )
-    return replace(score, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("index", range(48))
@@ -248,8 +231,9 @@ def test_class_missing_in_the_truth_is_not_a_number(planar: bool, predicted: boo
     prediction = truth.copy()
     prediction[2:5, 2:5, 1:3] = predicted
     score = one_class(prediction, truth, planar=planar)
-    assert math.isnan(score.dsc)
-    assert math.isnan(score.nsd)
+    missing = (score.dsc, score.nsd, score.nsd_challenge, score.hd95, score.assd, score.slice_dsc)
+    assert all(math.isnan(value) for value in missing)
+    assert score.volume_error_ml == pytest.approx(math.nan if planar else 18e-3 * predicted, nan_ok=True)
     assert not score.present
     assert (score.absent_slices, score.false_positive_slices) == (4, 2 if predicted else 0)
 
@@ -258,94 +242,107 @@ def test_class_missing_in_the_truth_is_not_a_number(planar: bool, predicted: boo
 def test_class_missed_altogether_scores_zero(planar: bool) -> None:
     truth = box((10, 12, 4), (2, 5), (2, 5), (1, 3))
     score = one_class(np.zeros_like(truth), truth, planar=planar)
-    assert (score.dsc, score.nsd, score.present) == (0.0, 0.0, True)
+    assert (score.dsc, score.nsd, score.nsd_challenge, score.slice_dsc, score.present) == (0.0, 0.0, 0.0, 0.0, True)
+    assert (score.hd95, score.assd) == (math.inf, math.inf)
+    assert score.volume_error_ml == pytest.approx(math.nan if planar else -0.018, nan_ok=True)
 
 
-@pytest.mark.parametrize(("predicted", "counted"), [(0, 0), (1, 0), (2, 0), (3, 1)])
-def test_false_positive_slice_starts_above_a_thousandth(predicted: int, counted: int) -> None:
-    truth = np.zeros((40, 50, 2), dtype=bool)  # 2 of 2000 pixels are exactly 0.1 %
-    truth[0, 0, 1] = True
+def two_blocks(shape: tuple[int, int, int] = (14, 16, 7)) -> tuple[Mask, Mask]:
+    """Prediction and truth (2, H, W, D) of two classes, neither alike in any axis."""
+    truth = np.stack([box(shape, (2, 8), (2, 7), (1, 5)), box(shape, (8, 12), (9, 14), (0, 3))])
+    prediction = np.stack([np.roll(truth[0], 2, axis=2), np.roll(truth[1], 1, axis=0)])
+    return prediction, truth
+
+
+def score_two(prediction: Mask, truth: Mask, **changes: object) -> list[ClassScore]:
+    arguments = {"case": "a", "class_ids": [4, 5], "class_names": ["left kidney", "right kidney"], "planar": False}
+    return score_case(prediction, truth, **({"spacing": (0.7, 1.1, 3.0)} | arguments | changes))  # type: ignore[arg-type]
+
+
+def test_all_scores_of_a_volume_are_those_of_the_pair_of_masks() -> None:
+    prediction, truth = two_blocks()
+    for score, predicted, true in zip(score_two(prediction, truth), prediction, truth, strict=True):
+        pair = compare_masks(predicted, true, spacing=(0.7, 1.1, 3.0))
+        found = (score.dsc, score.nsd, score.hd95, score.assd, score.volume_error_ml)
+        assert found == (pair.dsc, pair.nsd, pair.hd95, pair.assd, pair.volume_error_ml)
+
+
+def test_the_challenge_gets_a_volume_as_its_files_hold_it() -> None:
+    """Axes (slice, row, column), spacing (along the row, along the column, between slices)."""
+    prediction, truth = two_blocks()
+    labels = [np.where(masks[1], 2, masks[0].astype(int)).transpose(2, 0, 1) for masks in (prediction, truth)]
+    scores = score_two(prediction, truth)
+    assert np.mean([score.nsd_challenge for score in scores]) == nsd_challenge(*labels, spacing=(1.1, 0.7, 3.0))
+    assert scores[0].nsd_challenge != scores[0].nsd
+    # The same file as NIfTI has it, (x, y, z) with its own spacing.
+    stored = [masks.transpose(0, 2, 1, 3) for masks in (prediction, truth)]
+    as_said = nsd_challenge_by_class(
+        *([mask.transpose(2, 1, 0) for mask in masks] for masks in stored), spacing=(1.1, 0.7, 3.0)
+    )
+    assert [score.nsd_challenge for score in scores] == as_said
+
+
+def test_the_challenge_sees_the_classes_of_the_truth_alone() -> None:
+    prediction, truth = two_blocks()
+    alone = score_two(prediction[:1], truth[:1], class_ids=[4], class_names=["left kidney"])
+    truth[1] = False
+    first, second = score_two(prediction, truth)
+    assert first.nsd_challenge == alone[0].nsd_challenge > 0
+    assert math.isnan(second.nsd_challenge)
+
+
+def test_the_challenge_takes_each_planar_slice_as_an_image() -> None:
+    prediction, truth = two_blocks()
+    expected: dict[int, list[float]] = {0: [], 1: []}
+    for index in range(truth.shape[-1]):
+        present = [k for k in (0, 1) if truth[k, ..., index].any()]
+        image = nsd_challenge_by_class(*([masks[k, ..., index] for k in present] for masks in (prediction, truth)))
+        for k, value in zip(present, image, strict=True):
+            expected[k].append(value)
+    scores = score_two(prediction, truth, planar=True)
+    assert [score.nsd_challenge for score in scores] == pytest.approx([np.mean(values) for values in expected.values()])
+    assert scores[0].nsd_challenge != score_two(prediction, truth)[0].nsd_challenge
+
+
+def test_mean_over_slices_is_of_each_slices_own_dice() -> None:
+    truth = box((10, 10, 4), (0, 4), (0, 5), (0, 3))
     prediction = np.zeros_like(truth)
-    prediction[5, :predicted, 0] = True
-    prediction[5:9, :, 1] = True  # wrong as well, but on a slice that has the class
+    prediction[:4, :5, 0] = True  # 1
+    prediction[:4, 2:5, 1] = True  # 2 * 12 / (12 + 20)
+    prediction[:, :, 3] = True  # counts for no slice with the class
     score = one_class(prediction, truth)
-    assert (score.absent_slices, score.false_positive_slices) == (1, counted)
+    assert score.slice_dsc == pytest.approx((1 + 0.75 + 0) / 3)
+    assert score.false_negative_slices == 1
 
 
-@pytest.mark.parametrize("pixels", [1000, 3000, 7000, 9000, 29000])
-def test_false_positive_threshold_is_exact_for_every_size(pixels: int) -> None:
-    truth = np.zeros((pixels, 1, 1), dtype=bool)
+def test_swapped_voxels_lie_in_the_truth_of_the_other_side() -> None:
+    truth = np.stack([box((10, 20, 3), (2, 8), (2, 8), (0, 3)), box((10, 20, 3), (2, 8), (12, 18), (0, 3))])
     prediction = truth.copy()
-    prediction[: pixels // 1000] = True
-    assert one_class(prediction, truth).false_positive_slices == 0
-    prediction[pixels // 1000] = True
-    assert one_class(prediction, truth).false_positive_slices == 1
+    prediction[0, 2:8, 12:14] = True  # 36 voxels of the right one taken for the left one
+    prediction[0, 0, 0] = True  # 3 that are neither
+    left, right = score_two(prediction, truth, partners=[5, 4])
+    assert (left.swapped_voxels, right.swapped_voxels) == (36, 0)
+    assert left.swapped_share == pytest.approx(36 / (108 + 36 + 3))
+    assert right.swapped_share == 0.0
+    changed = score_two(truth[::-1], truth, partners=[5, 4])
+    assert [score.swapped_share for score in changed] == [1.0, 1.0]
 
 
-def test_summary_averages_cases_then_classes() -> None:
-    scores = [
-        class_score("b", 4, "left kidney", 0.2, 0.1),
-        class_score("a", 1, "liver", 0.9, 0.8),
-        class_score("b", 1, "liver", 0.7, 0.4, false_positive_slices=2),
-        class_score("c", 1, "liver", math.nan, math.nan, false_positive_slices=6),
-        class_score("c", 8, "right lung", math.nan, math.nan),
-    ]
-    summary = summarise(scores, protocol="all", unit="mm")
-    liver, kidney, lung = summary.classes
-    assert [entry.class_name for entry in summary.classes] == ["liver", "left kidney", "right lung"]
-    assert [entry.class_id for entry in summary.classes] == [1, 4, 8]
-    assert (liver.dsc, liver.nsd) == (pytest.approx(0.8), pytest.approx(0.6))
-    assert (liver.cases, liver.cases_without, liver.absent_slices, liver.false_positive_slices) == (2, 1, 18, 9)
-    assert liver.false_positive_rate == pytest.approx(0.5)
-    assert (kidney.dsc, kidney.nsd, kidney.cases, kidney.cases_without) == (0.2, 0.1, 1, 0)
-    assert math.isnan(lung.dsc)
-    assert math.isnan(lung.nsd)
-    assert (lung.cases, lung.cases_without) == (0, 1)
-    # Unweighted over liver and left kidney: neither by cases (0.6) nor with the right lung, which does not occur.
-    assert (summary.dsc, summary.nsd) == (pytest.approx(0.5), pytest.approx(0.35))
-    assert (summary.protocol, summary.unit, summary.tolerance) == ("all", "mm", 2.0)
+def test_there_is_no_swap_without_a_partner_in_the_case() -> None:
+    prediction, truth = two_blocks()
+    for partners in (None, [None, None], [7, None]):
+        scores = score_two(prediction, truth, partners=partners)
+        assert [score.swapped_voxels for score in scores] == [None, None]
+        assert all(math.isnan(score.swapped_share) for score in scores)
+    nothing = score_two(np.zeros_like(truth), truth, partners=[5, 4])
+    assert [score.swapped_voxels for score in nothing] == [0, 0]
+    assert all(math.isnan(score.swapped_share) for score in nothing)
 
 
-def test_summary_of_classes_that_never_occur() -> None:
-    summary = summarise([class_score("a", 1, "liver", math.nan, math.nan)], protocol="oracle", unit="mm")
-    assert math.isnan(summary.dsc)
-    assert math.isnan(summary.nsd)
-
-
-def test_false_positive_rate_needs_a_slice_without_the_class() -> None:
-    score = class_score("a", 1, "liver", 0.5, 0.5, absent_slices=0, false_positive_slices=0)
-    assert math.isnan(summarise([score], protocol="all", unit="mm").classes[0].false_positive_rate)
-
-
-def test_a_score_that_is_wrongly_missing_is_not_hidden() -> None:
-    scores = [class_score("a", 1, "liver", 0.5, math.nan), class_score("b", 1, "liver", 0.5, 0.5)]
-    assert math.isnan(summarise(scores, protocol="all", unit="mm").nsd)
-
-
-@pytest.mark.parametrize(
-    ("second", "protocol", "unit", "error", "message"),
-    [
-        ({}, "prompted", "mm", ConfigError, "all, oracle"),
-        ({}, "all", "px", ConfigError, "in px, got mm"),
-        ({"unit": "px"}, "all", "mm", ConfigError, "mm and px"),
-        ({"tolerance": 3.0}, "all", "mm", ConfigError, r"2\.0 and 3\.0 mm"),
-        ({"case": "a"}, "all", "mm", InputError, "second one for 'liver' in 'a'"),
-        ({"class_name": "spleen"}, "all", "mm", InputError, "one name per class id"),
-        ({"class_id": 2}, "all", "mm", InputError, "one name per class id"),
-    ],
-)
-def test_scores_that_cannot_be_averaged(
-    second: dict[str, object], protocol: str, unit: str, error: type[Exception], message: str
-) -> None:
-    other = replace(class_score("b", 1, "liver", 0.5, 0.5), **second)  # type: ignore[arg-type]
-    scores = [class_score("a", 1, "liver", 0.5, 0.5), other]
-    with pytest.raises(error, match=message):
-        summarise(scores, protocol=protocol, unit=unit)
-
-
-def test_nothing_to_average() -> None:
-    with pytest.raises(InputError, match="at least one case"):
-        summarise([], protocol="all", unit="mm")
+def test_a_case_is_its_own_patient_unless_told() -> None:
+    prediction, truth = two_blocks()
+    assert {score.patient for score in score_two(prediction, truth)} == {"a"}
+    assert {score.patient for score in score_two(prediction, truth, patient="p")} == {"p"}
 
 
 @pytest.mark.parametrize(
@@ -386,8 +383,9 @@ def test_dice_of_masks_that_cannot_be_compared() -> None:
     ("shape", "changes", "error", "message"),
     [
         ((4, 4, 2), {}, InputError, r"\(K, H, W, D\)"),
-        ((2, 4, 4, 2), {}, InputError, "1 ids, 1 names and 2 channels"),
-        ((1, 4, 4, 2), {"class_names": ["liver", "spleen"]}, InputError, "1 ids, 2 names and 1 channels"),
+        ((2, 4, 4, 2), {}, InputError, "1 ids, 1 names, 1 partners and 2 channels"),
+        ((1, 4, 4, 2), {"class_names": ["liver", "spleen"]}, InputError, "1 ids, 2 names, 1 partners and 1 channels"),
+        ((1, 4, 4, 2), {"partners": []}, InputError, "1 names, 0 partners"),
         ((1, 4, 4, 2), {"spacing": None}, InputError, "voxel size in mm of the volume 'a'"),
         ((1, 4, 4, 2), {"spacing": (1, 1)}, InputError, "3 positive distances"),
         ((1, 4, 4, 2), {"tolerance": -0.5}, ConfigError, "at least 0"),

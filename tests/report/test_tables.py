@@ -10,26 +10,67 @@ from pathlib import Path
 
 import pytest
 
-from scripts.errors import InputError, OutputError
-from scripts.metrics.scores import ClassScore, ClassSummary, Summary
-from scripts.report.tables import read_scores_csv, render_table, write_scores_csv, write_summary_json
+from scripts.errors import ConfigError, InputError, OutputError
+from scripts.metrics.scores import ClassScore
+from scripts.metrics.statistics import Comparison, Interval
+from scripts.metrics.summaries import SCORES, ClassSummary, RunComparison, Summary
+from scripts.report.tables import (
+    comparison_json,
+    read_scores_csv,
+    render_comparison,
+    render_table,
+    render_tables,
+    write_scores_csv,
+    write_summary_json,
+)
+
+
+def means(dsc: float, nsd: float, **others: float) -> dict[str, Interval]:
+    """Every mean, each with an interval of 0.1 around it."""
+    values = dict.fromkeys((*SCORES, "dsc_per_slice", "dsc_per_dataset"), math.nan) | {"dsc": dsc, "nsd": nsd} | others
+    return {name: Interval(value, value - 0.1, value + 0.1, 5, 4) for name, value in values.items()}
+
+
+def counted(class_id: int, name: str, entry: dict[str, Interval], *counts: int, partner: bool = False) -> ClassSummary:
+    return ClassSummary(class_id, name, entry, *counts, 0.025 if partner else math.nan, 8 * partner, partner)
+
 
 SUMMARY = Summary(
     protocol="all",
     unit="mm",
     tolerance=2.0,
-    dsc=0.70125,
-    nsd=0.5,
+    means=means(0.70125, 0.5, hd95=4.0, dsc_per_slice=0.6, dsc_per_dataset=0.8),
     classes=(
-        ClassSummary(1, "liver", 0.91234, 0.6, 12, 3, 40, 3),
-        ClassSummary(4, "left kidney", 0.49016, 0.4, 8, 7, 0, 0),
-        ClassSummary(6, "polyp", math.nan, math.nan, 0, 15, 15, 15),
+        counted(1, "liver", means(0.91234, 0.6, hd95=3.456, volume_error_ml=-12.0), 12, 3, 1, 2, 1, 99, 40, 3, 4, 1, 6),
+        counted(4, "left kidney", means(0.49016, 0.4), 8, 7, 0, 0, 0, 80, 0, 0, 0, 0, 0, partner=True),
+        counted(6, "polyp", means(math.nan, math.nan), 0, 15, 0, 0, 15, 15, 15, 15, 0, 0, 0),
     ),
+    cases=15,
+    patients=14,
 )
-SCORES = [
-    ClassScore("a", 1, "liver", 1 / 3, 0.1 + 0.2, 2.0, "mm", 123_456_789, 5, 10, 4, 1),
-    ClassScore('odd, "quoted"\r\nname ü', 4, "left kidney", math.nan, math.nan, 2.5, "px", 0, 0, 1, 1, 0),
-    ClassScore("a", 4, "left kidney", 0.0, 5e-324, 1e-9, "mm", 1, 0, 10, 9, 0),
+_WHOLE = (123_456_789, 5, 10, 4, 1, 2, 1)
+SCORES_OF_CASES = [
+    ClassScore("a", "liver", 1 / 3, 0.1 + 0.2, 0.7, 2.5, 0.1, -3.25, "p", 1, 2.0, "mm", *_WHOLE, None, 0, 0.3),
+    ClassScore(
+        'odd, "quoted"\r\nname ü',
+        "left kidney",
+        *[math.nan] * 6,
+        "ü",
+        4,
+        2.5,
+        "px",
+        0,
+        0,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        math.nan,
+    ),
+    ClassScore("a", "left kidney", 0.0, 5e-324, 0.0, *[math.inf] * 2, 1e-9, "p", 4, 1e-9, "mm", *_WHOLE, 7, 3, 0.0),
 ]
 
 
@@ -39,16 +80,56 @@ def comparable(score: ClassScore) -> tuple[object, ...]:
 
 
 def test_table_rows() -> None:
-    lines = render_table(SUMMARY).split("\n\n")[1].splitlines()
-    assert lines == [
-        "class           DSC  NSD @ 2 mm  cases  cases without  FP slices %",
-        "------------------------------------------------------------------",
-        "liver        0.9123      0.6000     12              3          7.5",
-        "left kidney  0.4902      0.4000      8              7            -",
-        "polyp             -           -      0             15        100.0",
-        "------------------------------------------------------------------",
-        "mean         0.7013      0.5000",
+    _, scores, counts = render_table(SUMMARY).rstrip("\n").split("\n\n")
+    assert scores.splitlines() == [
+        "class           DSC  NSD @ 2 mm        DSC 95 %        NSD 95 %  NSD challenge  HD95 mm  ASSD mm",
+        "-" * 96,
+        "liver        0.9123      0.6000  0.812 to 1.012  0.500 to 0.700              -     3.46        -",
+        "left kidney  0.4902      0.4000  0.390 to 0.590  0.300 to 0.500              -        -        -",
+        "polyp             -           -               -               -              -        -        -",
+        "-" * 96,
+        "mean         0.7013      0.5000  0.601 to 0.801  0.400 to 0.600              -     4.00        -",
     ]
+    assert counts.splitlines() == [
+        "class        cases  without  missed  inf  FP cases   FP %  near FP %  far FP %  FN %  volume ml  swapped %",
+        "-" * 106,
+        "liver           12        3       1    2         1    7.5       25.0       5.6  10.2     -12.00          -",
+        "left kidney      8        7       0    0         0      -          -         -   0.0          -        2.5",
+        "polyp            0       15       0    0        15  100.0          -     100.0     -          -          -",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("averaging", "mean", "caption"),
+    [
+        ("case", "0.7013", "Averaging per case: DSC over all slices of a case pooled"),
+        ("slice", "0.6000", "Averaging per slice: DSC of each slice, averaged over all slices whose truth contains"),
+        ("dataset", "0.8000", "Averaging per data set: DSC over the voxels of all cases together"),
+    ],
+)
+def test_averaging_is_chosen_and_stated(averaging: str, mean: str, caption: str) -> None:
+    table = render_table(SUMMARY, averaging=averaging)
+    assert caption in " ".join(table.split())
+    assert next(line for line in table.splitlines() if line.startswith("mean")).split()[1] == mean
+
+
+def test_an_unknown_averaging_is_refused() -> None:
+    with pytest.raises(ConfigError, match="case, slice, dataset, got 'patient'"):
+        render_table(SUMMARY, averaging="patient")
+
+
+def test_sides_are_in_the_table_only_where_there_are_some() -> None:
+    assert "swapped" in render_table(SUMMARY)
+    assert "swapped" not in render_table(replace(SUMMARY, classes=SUMMARY.classes[:1]))
+
+
+def test_planar_cases_have_no_volume() -> None:
+    assert "volume ml" not in render_table(replace(SUMMARY, unit="px"))
+
+
+def test_units_have_a_table_each() -> None:
+    tables = render_tables([SUMMARY, replace(SUMMARY, unit="px")])
+    assert [tables.count(text) for text in ("NSD @ 2 mm", "NSD @ 2 px", "Protocol")] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(("unit", "tolerance", "head"), [("px", 2.0, "NSD @ 2 px"), ("mm", 1.5, "NSD @ 1.5 mm")])
@@ -62,39 +143,48 @@ def test_table_head_names_tolerance_and_unit(unit: str, tolerance: float, head: 
 def test_caption_states_protocol_and_averaging() -> None:
     caption = " ".join(render_table(SUMMARY).split("\n\n")[0].split())
     assert caption.startswith('Protocol "all": every class was asked for on every slice')
-    assert "mean over the cases whose truth contains the class" in caption
+    assert "averaged over the cases whose truth contains the class" in caption
+    assert "95 % of 5000 bootstrap samples that draw patients; 14 patients, 15 cases" in caption
     assert "unweighted over the 2 of 3 classes that occur" in caption
     other = " ".join(render_table(replace(SUMMARY, protocol="oracle")).split())
     assert other.startswith('Protocol "oracle": a class was asked for only on the slices whose truth contains it')
 
 
 def test_table_of_nothing_but_missing_scores() -> None:
-    empty = replace(SUMMARY, dsc=math.nan, nsd=math.nan, classes=SUMMARY.classes[2:])
-    assert render_table(empty).splitlines()[-1].split() == ["mean", "-", "-"]
+    empty = replace(SUMMARY, means=means(math.nan, math.nan), classes=SUMMARY.classes[2:])
+    assert "mean" + 7 * " -" in {" ".join(line.split()) for line in render_table(empty).splitlines()}
 
 
 def test_table_has_no_overlong_or_padded_lines() -> None:
     table = render_table(SUMMARY)
     assert table.endswith("\n")
-    assert all(len(line) <= 100 and line == line.rstrip() for line in table.splitlines())
+    assert all(len(line) <= 110 and line == line.rstrip() for line in table.splitlines())
 
 
 def test_scores_come_back_exactly(tmp_path: Path) -> None:
     path = tmp_path / "scores.csv"
-    write_scores_csv(SCORES, path)
-    assert [comparable(score) for score in read_scores_csv(path)] == [comparable(score) for score in SCORES]
+    write_scores_csv(SCORES_OF_CASES, path)
+    assert [comparable(score) for score in read_scores_csv(path)] == [comparable(score) for score in SCORES_OF_CASES]
     assert all(isinstance(score.truth_voxels, int) for score in read_scores_csv(path))
     assert os.listdir(tmp_path) == ["scores.csv"]
 
 
 def test_csv_has_a_row_per_case_and_class_and_empty_cells_for_missing_scores(tmp_path: Path) -> None:
-    write_scores_csv(SCORES, tmp_path / "scores.csv")
+    write_scores_csv(SCORES_OF_CASES, tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["case"], row["class_name"]) for row in rows] == [(score.case, score.class_name) for score in SCORES]
+    assert [(row["case"], row["class"]) for row in rows] == [
+        (score.case, score.class_name) for score in SCORES_OF_CASES
+    ]
     assert [row["dsc"] for row in rows] == ["0.3333333333333333", "", "0.0"]
     assert [row["nsd"] for row in rows] == ["0.30000000000000004", "", "5e-324"]
-    assert (tmp_path / "scores.csv").read_bytes().splitlines(keepends=True)[0].endswith(b"false_positive_slices\n")
+    assert [row["hd95"] for row in rows] == ["2.5", "", "inf"]
+    assert [row["swapped_voxels"] for row in rows] == ["", "0", "7"]
+    head = (tmp_path / "scores.csv").read_bytes().splitlines(keepends=True)[0]
+    assert head.startswith(
+        b"case,class,dsc,nsd,nsd_challenge,hd95,assd,volume_error_ml,patient,class_id,tolerance,unit,"
+    )
+    assert head.endswith(b",swapped_voxels,false_negative_slices,slice_dsc\n")
 
 
 def test_csv_without_scores(tmp_path: Path) -> None:
@@ -106,18 +196,18 @@ def test_csv_without_scores(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda text: b"", "got none"),
-        (lambda text: text.replace(b"class_name", b"name"), "Expected the columns case, class_id"),
-        (lambda text: text.replace(b"a,1,liver,", b"a,1,liver,high"), "number as dsc in row 2 of"),
-        (lambda text: text.replace(b"a,1,", b"a,1.5,"), "number as class_id in row 2 of"),
-        (lambda text: text.replace(b",2.0,", b",,"), "number as tolerance in row 2 of"),
-        (lambda text: text + b"a,1\n", "12 cells in row 5 of"),
+        (lambda text: text.replace(b"case,class,", b"case,name,"), "Expected the columns case, class, dsc"),
+        (lambda text: text.replace(b"a,liver,", b"a,liver,high"), "number as dsc in row 2 of"),
+        (lambda text: text.replace(b",p,1,", b",p,1.5,"), "number as class_id in row 2 of"),
+        (lambda text: text.replace(b",2.0,mm", b",,mm"), "number as tolerance in row 2 of"),
+        (lambda text: text + b"a,1\n", "22 cells in row 5 of"),
         (lambda text: text + b"\xff\n", "Expected a CSV file of scores"),
         (lambda text: text + b'"a', "Expected a CSV file of scores"),
     ],
 )
 def test_spoilt_csv(tmp_path: Path, spoil: Callable[[bytes], bytes], message: str) -> None:
     path = tmp_path / "scores.csv"
-    write_scores_csv(SCORES, path)
+    write_scores_csv(SCORES_OF_CASES, path)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(InputError, match=message):
         read_scores_csv(path)
@@ -129,60 +219,80 @@ def test_csv_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_summary_json(tmp_path: Path) -> None:
-    write_summary_json(SUMMARY, tmp_path / "deep" / "summary.json", seconds=12.5)
+    write_summary_json([SUMMARY, replace(SUMMARY, unit="px", cases=7)], tmp_path / "deep" / "summary.json")
     text = (tmp_path / "deep" / "summary.json").read_text(encoding="utf-8")
     assert "NaN" not in text
-    assert json.loads(text) == {
-        "protocol": "all",
-        "unit": "mm",
-        "tolerance": 2.0,
-        "mean": {"dsc": 0.70125, "nsd": 0.5},
-        "classes": {
-            "liver": {
-                "id": 1,
-                "dsc": 0.91234,
-                "nsd": 0.6,
-                "cases": 12,
-                "cases_without": 3,
-                "absent_slices": 40,
-                "false_positive_slices": 3,
-                "false_positive_rate": 0.075,
-            },
-            "left kidney": {
-                "id": 4,
-                "dsc": 0.49016,
-                "nsd": 0.4,
-                "cases": 8,
-                "cases_without": 7,
-                "absent_slices": 0,
-                "false_positive_slices": 0,
-                "false_positive_rate": None,
-            },
-            "polyp": {
-                "id": 6,
-                "dsc": None,
-                "nsd": None,
-                "cases": 0,
-                "cases_without": 15,
-                "absent_slices": 15,
-                "false_positive_slices": 15,
-                "false_positive_rate": 1.0,
-            },
-        },
-        "seconds": 12.5,
+    content = json.loads(text)
+    assert (content["protocol"], content["intervals"]["level"]) == ("all", 0.95)
+    assert set(content["averaging"]) == {"dsc", "dsc_per_slice", "dsc_per_dataset", "others", "mean"}
+    assert {unit: entry["cases"] for unit, entry in content["units"].items()} == {"mm": 15, "px": 7}
+    volumes = content["units"]["mm"]
+    assert (volumes["tolerance"], volumes["patients"]) == (2.0, 14)
+    assert (volumes["mean"]["dsc"], volumes["mean"]["nsd"], volumes["mean"]["assd"]) == (0.70125, 0.5, None)
+    assert volumes["mean"]["intervals"]["nsd"] == [0.4, 0.6]
+    assert volumes["mean"]["intervals"]["assd"] == [None, None]
+    assert list(volumes["classes"]) == ["liver", "left kidney", "polyp"]
+    liver = {name: value for name, value in volumes["classes"]["liver"].items() if name not in (*SCORES, "intervals")}
+    assert liver == {
+        "id": 1,
+        "dsc_per_slice": None,
+        "dsc_per_dataset": None,
+        "cases": 12,
+        "cases_without": 3,
+        "patients": 4,
+        "false_negative_cases": 1,
+        "infinite_distances": 2,
+        "false_positive_cases": 1,
+        "slices": 99,
+        "absent_slices": 40,
+        "false_positive_slices": 3,
+        "false_positive_rate": 0.075,
+        "adjacent_absent_slices": 4,
+        "adjacent_false_positive_slices": 1,
+        "adjacent_false_positive_rate": 0.25,
+        "isolated_false_positive_slices": 2,
+        "isolated_false_positive_rate": 2 / 36,
+        "false_negative_slices": 6,
+        "false_negative_rate": 6 / 59,
+        "swapped_share": None,
+        "swap_cases": None,
     }
+    kidney = volumes["classes"]["left kidney"]
+    assert (kidney["swapped_share"], kidney["swap_cases"], kidney["false_positive_rate"]) == (0.025, 8, None)
 
 
-def test_summary_json_without_means_or_time(tmp_path: Path) -> None:
-    write_summary_json(replace(SUMMARY, dsc=math.nan, nsd=math.nan), tmp_path / "summary.json")
-    content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert content["mean"] == {"dsc": None, "nsd": None}
-    assert content["seconds"] is None
+def compared() -> RunComparison:
+    first = Comparison(Interval(0.125, 0.0625, 0.25, 8, 7), 0.0123)
+    unknown = Comparison(Interval(math.nan, math.nan, math.nan, 0, 0), math.nan)
+    values = (0.5, math.nan, 0.5), (0.625, math.nan, 0.625)
+    return RunComparison("nsd", "mm", 2.0, ("liver", "polyp"), *values, (first, unknown, first))
+
+
+def test_comparison_table() -> None:
+    caption, title, table = render_comparison([compared()], names=("a", "b")).rstrip("\n").split("\n\n")
+    assert caption.startswith("Second run (b) less first (a), case by case; interval: 95 % of 5000 bootstrap samples")
+    assert title == "NSD @ 2 mm, volumes"
+    assert [line.split("  ") and " ".join(line.split()) for line in table.splitlines() if line[0] != "-"] == [
+        "class first second difference 95 % p cases verdict",
+        "liver 0.5000 0.6250 +0.1250 +0.0625 to +0.2500 0.0123 8 better",
+        "polyp - - - - - 0 not distinguishable",
+        "mean 0.5000 0.6250 +0.1250 +0.0625 to +0.2500 0.0123 8 better",
+    ]
+
+
+def test_comparison_json() -> None:
+    content = json.loads(json.dumps(comparison_json([compared()], runs=(Path("a"), Path("b"))), allow_nan=False))
+    (entry,) = content["scores"]
+    assert (content["first"], content["second"], entry["score"], entry["unit"]) == ("a", "b", "nsd", "mm")
+    assert list(entry["classes"]) == ["liver", "polyp"]
+    assert entry["mean"] == entry["classes"]["liver"]
+    assert entry["mean"]["interval"] == [0.0625, 0.25]
+    assert entry["classes"]["polyp"]["p_value"] is None
 
 
 WRITERS = [
-    pytest.param(lambda path: write_scores_csv(SCORES, path), id="csv"),
-    pytest.param(lambda path: write_summary_json(SUMMARY, path), id="json"),
+    pytest.param(lambda path: write_scores_csv(SCORES_OF_CASES, path), id="csv"),
+    pytest.param(lambda path: write_summary_json([SUMMARY], path), id="json"),
 ]
 
 
@@ -199,7 +309,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, write: Callable[[Path]
     try:
         if os.access(tmp_path, os.W_OK):
             pytest.skip("this user may write everywhere, as the superuser does")
-        with pytest.raises(OutputError, match="choose a folder you may write to"):
+        with pytest.raises(OutputError, match="choose a folder that exists, is writable"):
             write(tmp_path / "result")
     finally:
         tmp_path.chmod(0o700)
@@ -222,7 +332,7 @@ def test_a_failure_keeps_the_old_file(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("scripts.report.tables.os.replace", full)
+    monkeypatch.setattr("scripts.files.os.replace", full)
     with pytest.raises(OutputError, match="no space left"):
         write(tmp_path / "result")
     assert (tmp_path / "result").read_text(encoding="utf-8") == "old"
