@@ -78,6 +78,27 @@ class PreparePromptBatch(PrepareBatch):
         return move(seen).to(**kwargs), PromptTargets(*map(move, targets)), (), moved
 
 
+def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Find the tight box of each class in each slice.
+
+    Args:
+        masks: `(K, H, W, D)`, 0 where the class is not.
+
+    Returns:
+        `(K, D, 4)` float32: x_min, y_min, x_max, y_max in the case's own pixels, corners inclusive; NaN for a class
+        that is not in the slice.
+    """
+    found = masks.bool()
+    least, largest = [], []
+    for axis in (1, 2):  # over the rows, which leaves the columns (K, W, D), then over the columns
+        line = found.any(dim=axis)
+        places = torch.arange(line.shape[1], dtype=torch.float32).reshape(1, -1, 1)
+        least.append(torch.where(line, places, torch.inf).amin(dim=1))
+        largest.append(torch.where(line, places, -torch.inf).amax(dim=1))
+    boxes = torch.stack((*least, *largest), dim=-1)  # (K, D, 4)
+    return torch.where(boxes.isinf(), torch.nan, boxes)
+
+
 class PrepareCase(PrepareBatch):
     """Make the inferer's arguments of a batch that is one whole case, without a batch axis.
 
@@ -85,11 +106,25 @@ class PrepareCase(PrepareBatch):
         class_ids: the K classes of the answer's channels; None takes those that the case itself asks for.
         presence: `all` asks for every annotated class in every slice; `oracle` only for those that the truth has
             there, as the paper's group evaluates. The two must never share a table.
+        boxes: whether to hand over the true boxes too, for `BoxPromptInferer`. Where a class is not, there is no box,
+            so that these can only be asked for with `oracle`.
+
+    Raises:
+        ConfigError: an unknown presence, or boxes with another one than `oracle`.
     """
 
-    def __init__(self, *, class_ids: Sequence[int] | None = None, presence: Literal["all", "oracle"] = "all") -> None:
+    def __init__(
+        self,
+        *,
+        class_ids: Sequence[int] | None = None,
+        presence: Literal["all", "oracle"] = "all",
+        boxes: bool = False,
+    ) -> None:
         if presence not in ("all", "oracle"):
             raise ConfigError(f"presence is 'all' or 'oracle', not '{presence}'")
+        if boxes and (presence != "oracle" or class_ids is None):
+            raise ConfigError("boxes of the truth know where a class is: give class_ids, and set presence to 'oracle'")
+        self.boxes = boxes
         self.class_ids = None if class_ids is None else sorted(class_ids)
         self.presence = presence
 
@@ -109,6 +144,8 @@ class PrepareCase(PrepareBatch):
         else:
             arguments["class_ids"] = self.class_ids
             arguments["presence"] = self._questions(batchdata)
+        if self.boxes:
+            arguments["boxes"] = tight_boxes(convert_to_tensor(batchdata["label"], track_meta=False)).unsqueeze(0)
         image = image.unsqueeze(0).to(device=device, non_blocking=non_blocking).to(**kwargs)
         if label is not None:
             label = label.unsqueeze(0).to(device=device, non_blocking=non_blocking)
