@@ -12,7 +12,7 @@ import fire
 from tqdm import tqdm
 
 from scripts.command_words import for_fire, later, perform
-from scripts.errors import CheckpointError, ConfigError
+from scripts.errors import CheckpointError, ConfigError, TrainingError
 from scripts.workflow import BUNDLE_ROOT, CONFIGS, as_setting, find_overlays, run_configs
 
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
@@ -137,14 +137,14 @@ def evaluate(
     output: str = "runs/evaluate",
     **overrides: Any,
 ) -> str:
-    """Score a model on a section of a datalist: DSC and NSD of each class in the cases' own spacing.
+    """Score a model on a section of a datalist: each class in the cases' own spacing, see docs/evaluation.md.
 
     Args:
         datalist: JSON file, see docs/data.md, or several, separated by commas.
         checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
         section: which cases.
         presence: `all` asks for every class in every slice, `oracle` only for those that the truth has there.
-        output: folder of metrics.csv and metrics.json.
+        output: folder of metrics.csv, summary.json and run.json.
         overrides: further settings of configs/train.json and configs/evaluate.json.
     """
     folder = _writable(output)
@@ -155,10 +155,73 @@ def evaluate(
         "output_dir": str(folder),
     }
     workflow = run_configs(["train.json", "evaluate.json"], {**settings, **_of_checkpoint(checkpoint), **overrides})
-    from scripts.report.tables import render_table
+    from scripts.report.tables import render_tables
 
-    summary = workflow.parser.get_parsed_content("validate#scores").summary()
-    return f"{render_table(summary)}\nevery case's scores are in {folder / 'metrics.csv'}"
+    summaries = workflow.parser.get_parsed_content("validate#scores").summaries()
+    tables = render_tables(summaries, averaging=workflow.parser.get_parsed_content("averaging"))
+    return f"{tables}\nevery case's scores are in {folder / 'metrics.csv'}"
+
+
+def score(
+    *,
+    predictions: str,
+    truth: str,
+    output: str = "runs/score",
+    labels: str | None = None,
+    tolerance: float = 2.0,
+    patients: str | None = None,
+    presence: str = "all",
+    averaging: str = "case",
+    progress_bar: bool = True,
+) -> str:
+    """Score label maps that any program made, against the truth: the scores of `evaluate`, see docs/evaluation.md.
+
+    Args:
+        predictions: folder of label maps (NIfTI, PNG and others), named after their cases, with or without _seg.
+        truth: folder of the true label maps.
+        output: folder of metrics.csv, summary.json and run.json.
+        labels: JSON file of names by value; labels.json among the predictions if none is given.
+        tolerance: of the NSD, in mm for volumes and in pixels for pictures.
+        patients: CSV file with the columns case and patient.
+        presence: all or oracle: how the classes were asked for when the predictions were made.
+        averaging: of the DSC in the printed table: case, slice or dataset.
+        progress_bar: whether to show one.
+    """
+    from scripts.data.vocabulary import Vocabulary
+    from scripts.scoring_files import Request, score_folders
+
+    request = Request(
+        predictions=Path(predictions).absolute(),
+        truth=Path(truth).absolute(),
+        labels=None if labels is None else Path(labels).absolute(),
+        patients=None if patients is None else Path(patients).absolute(),
+        tolerance=tolerance,
+        protocol=presence,
+        averaging=averaging,
+    )
+    folder = _writable(output)
+    vocabulary = Vocabulary.read(CONFIGS / "classes.yaml")
+    scored, tables = score_folders(request, folder, vocabulary=vocabulary, progress=as_setting(progress_bar, True))
+    if scored.failures:
+        sys.stdout.write(f"{tables}\n")
+        scored.raise_failures()
+    return f"{tables}\nevery case's scores are in {folder / 'metrics.csv'}"
+
+
+def compare(first: str, second: str, *, output: str = "runs/compare", common: bool = False) -> str:
+    """Compare two runs over the same cases: the second less the first, with interval, p-value and verdict.
+
+    Args:
+        first: folder that evaluate or score wrote.
+        second: the same of the other run.
+        output: folder of comparison.json.
+        common: leave out what only one of them has scored, instead of stopping.
+    """
+    from scripts.report.comparison import compare_folders
+
+    folder = _writable(output)
+    tables = compare_folders(Path(first).absolute(), Path(second).absolute(), folder, common=as_setting(common, False))
+    return f"{tables}\nthe figures are in {folder / 'comparison.json'}"
 
 
 def phantoms(
@@ -319,6 +382,112 @@ def half(model: str, *, output: str) -> str:
     return f"wrote {output}"
 
 
+def study(
+    table: str,
+    datalist: str | Sequence[str] | None = None,
+    *,
+    output: str | None = None,
+    config: str | Sequence[str] = (),
+    seeds: str = "0",
+    noise_seeds: str = "",
+    section: str = "test",
+    presence: str | None = None,
+    sets: str | None = None,
+    only: str | None = None,
+    **overrides: Any,
+) -> str:
+    """Train and evaluate the rows of one of the paper's tables, and print them beside the paper's figures.
+
+    What is complete is not run again, so that the same command goes on with a study that broke off.
+
+    Args:
+        table: table_2 to table_8, or a .yaml file of the same form; see docs/studies.md.
+        datalist: JSON file with the sections training, validation and test.
+        output: folder of the runs and of table.txt, study.csv and study.json; runs/studies/TABLE if none is given.
+        config: overlays over configs/train.json for all rows, separated by commas.
+        seeds: of the trainings, separated by commas.
+        noise_seeds: evaluate each network with the noise of these seeds too, for its spread.
+        section: which cases are evaluated.
+        presence: all or oracle; the table's own if none is given.
+        sets: NAME=DATALIST, separated by commas, for tables of several data sets.
+        only: rows to run, separated by semicolons; what is complete of the others is shown too.
+        overrides: further settings of configs/train.json for all rows, such as max_epochs.
+    """
+    from scripts.study import TABLES, StudyPlan, read_overlays, run_study
+    from scripts.study_rows import read_table
+
+    datalists = _of_sets(datalist, sets)
+    rows = read_table(table, TABLES, sets=list(datalists))
+    folder = _writable(f"runs/studies/{rows.name}" if output is None else output)
+    plan = StudyPlan(
+        table=rows,
+        datalists=datalists,
+        output=folder,
+        settings={**read_overlays(find_overlays(config)), **overrides},
+        seeds=_as_numbers(seeds),
+        noise_seeds=_as_numbers(noise_seeds),
+        section=section,
+        presence=rows.presence if presence is None else presence,
+        only=None if only is None else only.split(";"),
+    )
+    outcome = run_study(plan)
+    if outcome.failures:
+        sys.stdout.write(f"{outcome.text}\n")
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in outcome.failures.items())
+        raise TrainingError(f"{len(outcome.failures)} of {len(rows.rows)} rows failed: {reasons}")
+    return f"{outcome.text}\nthe runs and the table's files are in {folder}"
+
+
+def _of_sets(datalist: str | Sequence[str] | None, sets: str | None) -> dict[str, Any]:
+    """Name the data sets of a study; that of a single datalist is called after its folder.
+
+    Raises:
+        ConfigError: neither or both were given, or a set without a datalist or twice.
+    """
+    if (datalist is None) == (sets is None):
+        raise ConfigError("give a study one datalist, or --sets NAME=DATALIST,NAME=DATALIST for tables of several sets")
+    if sets is None:
+        from scripts.data.datalist import folder_names
+
+        found = _of_datalist(datalist or "")["datalist"]
+        return {folder_names(found): found}
+    pairs = [(name.strip(), path.strip()) for name, _, path in (part.partition("=") for part in sets.split(","))]
+    if not all(name and path for name, path in pairs) or len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"--sets is written NAME=DATALIST,NAME=DATALIST, each name once; got {sets!r}")
+    return {name: str(Path(path).absolute()) for name, path in pairs}
+
+
+def _as_numbers(text: str) -> list[int]:
+    """Read `0,1,2`; an empty text is none.
+
+    Raises:
+        ConfigError: another form, or a number that comes twice.
+    """
+    words = [word.strip() for word in str(text).strip("()[]").split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"seeds are different whole numbers separated by commas, such as 0,1,2; got {text!r}")
+    return [int(word) for word in words]
+
+
+def report(*runs: str, output: str = "report.html") -> str:
+    """Write a page about finished runs: scores with intervals, charts, pictures of errors, and how they came about.
+
+    The page needs nothing but itself; its charts lie beside it as PNG files too, in a folder of its name.
+
+    Args:
+        runs: folders that evaluate, score or train wrote; of several evaluations the first is what the others are
+            compared with.
+        output: the page.
+    """
+    from scripts.report.html.page import write_report
+    from scripts.report.html.runs import read_runs
+
+    found = read_runs([Path(run) for run in runs])
+    path = Path(output).absolute()
+    _writable(path.parent)
+    return f"the report is {write_report(found, path)}"
+
+
 def demo(*, output: str = "runs/demo") -> str:
     """Make phantoms, train on them, score unseen ones and segment one of them: the bundle's whole way, in minutes.
 
@@ -334,7 +503,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; errors that a user can mend become one line and exit code 1."""
     _quieten()
     verbs = {
-        verb.__name__: later(verb) for verb in (infer, train, evaluate, embed, prepare, phantoms, classes, half, demo)
+        verb.__name__: later(verb)
+        for verb in (
+            infer,
+            train,
+            evaluate,
+            score,
+            compare,
+            embed,
+            prepare,
+            phantoms,
+            classes,
+            half,
+            study,
+            report,
+            demo,
+        )
     }
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -371,6 +555,8 @@ class _AboveBars(logging.Handler):
 
 def _quieten() -> None:
     """Show what the bundle says, and of the libraries only warnings."""
+    # MONAI imports MLflow where it is installed, and that would report its use over the network.
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_AboveBars()])
     logging.getLogger("scripts").setLevel(logging.INFO)
     # Ignite reports an exception that is reported again, in words, at the end.
@@ -428,6 +614,7 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
         "checkpoint": str(path),
         **card.network,
         **card.preprocessing,
+        "quality_head": bool(card.training.get("quality_head_trained")),
         **({"trained": card.trained} if with_trained else {}),
     }
 

@@ -30,7 +30,7 @@ def run_demo(output: Path) -> str:
     volume = _first_unseen(datalist)
     cli.infer(str(volume), checkpoint=checkpoint, modality="CT", output=str(output / "segmented"))
     seconds = time.monotonic() - start
-    _add_seconds(output / "metrics.json", seconds)
+    _add_seconds(output / "summary.json", seconds)
     picture = output / "segmented" / f"{volume.name.removesuffix('.nii.gz')}_overlay.png"
     return f"{table}\nsegmented an unseen volume: {picture}\nthe demo took {seconds:.0f} s"
 

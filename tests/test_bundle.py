@@ -187,9 +187,9 @@ def test_evaluating_runs_from_any_folder(trained, tiny_phantoms, tmp_path):
     settings = {"bundle_root": BUNDLE_ROOT, "dataset_dir": tiny_phantoms.parent, "output_dir": tmp_path / "scores"}
     settings["checkpoint"] = trained / "model.pt"
     done = monai_bundle("run", "evaluating", "--config_file", str(files), *as_options(settings), cwd=tmp_path)
-    summary = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
     assert summary["protocol"] == "all"
-    assert len(summary["classes"]) == 5
+    assert len(summary["units"]["mm"]["classes"]) == 5
     assert 'Protocol "all"' in done.stdout  # as logging.conf has it
 
 

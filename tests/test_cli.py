@@ -874,8 +874,9 @@ def test_embedding_beforehand_spares_training_and_evaluation_the_encoder(
 def test_evaluation_prints_what_it_writes(tmp_path, run, tiny_phantoms, model):
     outcome = run("evaluate", tiny_phantoms, "--checkpoint", model, "--output", tmp_path)
     assert outcome.code == 0
-    summary = json.loads((tmp_path / "metrics.json").read_text())
-    assert summary["protocol"] == "all"
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["protocol"] == "all"
+    summary = content["units"]["mm"]
     assert set(summary["classes"]) == set(ABDOMEN)
     assert outcome.out.count('Protocol "all"') == 1
     printed = re.search(r"^liver +([\d.]+) +([\d.]+)", outcome.out, re.MULTILINE)
@@ -891,8 +892,9 @@ def test_oracle_presence_is_another_protocol(tmp_path, run, tiny_phantoms, model
         outcome = run("evaluate", tiny_phantoms, *words)
         assert outcome.code == 0
         assert f'Protocol "{protocol}"' in outcome.out
-    scores = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("all", "oracle")}
+    scores = {name: json.loads((tmp_path / name / "summary.json").read_text()) for name in ("all", "oracle")}
     assert scores["oracle"]["protocol"] == "oracle"
+    scores = {name: content["units"]["mm"] for name, content in scores.items()}
     assert scores["oracle"]["mean"]["dsc"] > scores["all"]["mean"]["dsc"]
     assert sum(entry["false_positive_slices"] for entry in scores["oracle"]["classes"].values()) == 0
 

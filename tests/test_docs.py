@@ -18,6 +18,8 @@ DOCUMENTS = (
     "docs/method.md",
     "docs/configuration.md",
     "docs/data.md",
+    "docs/evaluation.md",
+    "docs/studies.md",
     "docs/data_license.txt",
 )
 MAIN_CONFIGS = ("train", "evaluate", "inference")
@@ -208,3 +210,12 @@ def test_examples_of_datalists_are_valid(bundle_root, tmp_path):
         (folder / "datalist.json").write_text(example, encoding="utf-8")
         cases = read_datalist(folder / "datalist.json", section=sections, vocabulary=vocabulary)
         assert all(case["annotated"] for case in cases)
+
+
+def test_figures_of_the_evaluation_are_what_the_command_beside_them_prints(bundle_root, capsys):
+    text = text_of(bundle_root, "docs/evaluation.md")
+    command, printed = re.search(
+        r"^python - <<'END'\n(.*?)^END$.*?^It prints\n\n```\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    ).groups()
+    exec(command, {})  # noqa: S102 - the document's own
+    assert capsys.readouterr().out == printed

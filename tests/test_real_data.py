@@ -83,7 +83,7 @@ def entries(datalist):
 def test_polyps_are_evaluated_in_pixels(polyps, polyp_model, tmp_path, capsys):
     run("evaluate", polyps, "--checkpoint", polyp_model, "--output", tmp_path)
     assert re.search(r"NSD @ 2 (px|pixels)", capsys.readouterr().out)
-    summary = json.loads((tmp_path / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())["units"]["px"]
     assert list(summary["classes"]) == ["polyp"]
     assert summary["classes"]["polyp"]["cases"] == 3
     with open(tmp_path / "metrics.csv", newline="") as file:
@@ -102,7 +102,7 @@ def test_polyps_get_a_mask_of_the_picture_s_size(polyps, polyp_model, tmp_path):
 def test_organs_are_evaluated_in_millimetres(organs, organ_model, tmp_path, capsys):
     run("evaluate", organs, "--checkpoint", organ_model, "--output", tmp_path)
     assert "NSD @ 2 mm" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())["units"]["mm"]
     assert list(summary["classes"]) == ["liver", "spleen", "left kidney", "right kidney"]
     truth = np.asarray(nibabel.load(entries(organs)[0]["label"]).dataobj)
     for name, value in (("liver", 1), ("right kidney", 2), ("left kidney", 3), ("spleen", 4)):

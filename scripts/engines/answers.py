@@ -21,6 +21,35 @@ class SampledLogits(NamedTuple):
     uncertainty: torch.Tensor
 
 
+class SliceQuality(NamedTuple):
+    """What the network's answers say of their own quality, slice by slice and class by class.
+
+    Attributes:
+        iou: the decoder's estimate of the mask's intersection over union, mean of the draws, `(D, K)`; NaN of what was
+            not asked for.
+        area: predicted pixels `(D, K)`, probability above one half.
+        overlaps: pixels that the masks of two of the S draws share, `(D, K, S, S)`; on the diagonal those of each.
+    """
+
+    iou: torch.Tensor
+    area: torch.Tensor
+    overlaps: torch.Tensor
+
+
+class JudgedLogits(NamedTuple):
+    """Answers with what they say of their own quality.
+
+    Attributes:
+        logits: `(1, K, H, W, D)` in half precision; of several draws, of the mean probability.
+        uncertainty: as in `SampledLogits`; None of a single draw.
+        quality: of the masks.
+    """
+
+    logits: torch.Tensor
+    uncertainty: torch.Tensor | None
+    quality: SliceQuality
+
+
 class CaseAnswers:
     """A case's answers as they come in.
 
@@ -32,23 +61,41 @@ class CaseAnswers:
         classes: K.
         samples: draws of noise for each slice and class.
         device: where the answers are.
+        judged: whether to keep what the answers say of their own quality.
     """
 
-    def __init__(self, shape: tuple[int, int, int], *, classes: int, samples: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], *, classes: int, samples: int, device: torch.device, judged: bool = False
+    ) -> None:
         height, width, depth = shape
         of_slices = (depth, classes, height, width)  # a slice's answers lie together
         self.logits = torch.full(of_slices, ABSENT_LOGIT, dtype=torch.float16, device=device)
         self.uncertainty = torch.zeros_like(self.logits) if samples > 1 else None
+        self.quality = _no_quality(depth, classes, samples) if judged else None
 
-    def put(self, places: Sequence[int], columns: Sequence[int], draws: Sequence[torch.Tensor]) -> None:
+    def put(
+        self,
+        places: Sequence[int],
+        columns: Sequence[int],
+        draws: Sequence[torch.Tensor],
+        qualities: Sequence[torch.Tensor] = (),
+    ) -> None:
         """Write down what each draw says of some slices and classes.
 
         Args:
             places: n slices.
             columns: k of the classes.
             draws: logits `(n, k, H, W)` of each.
+            qualities: the decoder's estimates `(n, k)` of each, where they are to be kept.
         """
         where = torch.tensor(places)[:, None], torch.tensor(columns)
+        self._put_logits(where, draws)
+        if self.quality is not None:
+            self.quality.iou[where] = torch.stack(list(qualities)).float().mean(dim=0).cpu()
+            self.quality.area[where] = (self.logits[where] > 0).sum(dim=(2, 3)).cpu()
+            self.quality.overlaps[where] = _shared_pixels(draws).cpu()
+
+    def _put_logits(self, where: tuple[torch.Tensor, torch.Tensor], draws: Sequence[torch.Tensor]) -> None:
         if self.uncertainty is None:
             (logits,) = draws
             self.logits[where] = logits.half()
@@ -60,13 +107,30 @@ class CaseAnswers:
 
     def repeat(self, place: int, source: int) -> None:
         """Give a slice the answers of another one."""
-        for values in (self.logits, self.uncertainty):
+        for values in (self.logits, self.uncertainty, *(self.quality or ())):
             if values is not None:
                 values[place] = values[source]
 
-    def result(self) -> torch.Tensor | SampledLogits:
-        """Give all answers as `(1, K, H, W, D)`: the logits, or what several draws say together."""
+    def result(self) -> torch.Tensor | SampledLogits | JudgedLogits:
+        """Give all answers as `(1, K, H, W, D)`: the logits, what several draws say together, or with the quality."""
         logits = self.logits.permute(1, 2, 3, 0).unsqueeze(0)  # (D, K, H, W) -> (1, K, H, W, D)
-        if self.uncertainty is None:
-            return logits
-        return SampledLogits(logits, self.uncertainty.permute(1, 2, 3, 0).unsqueeze(0))
+        spread = None if self.uncertainty is None else self.uncertainty.permute(1, 2, 3, 0).unsqueeze(0)
+        if self.quality is not None:
+            return JudgedLogits(logits, spread, self.quality)
+        return logits if spread is None else SampledLogits(logits, spread)
+
+
+def _no_quality(depth: int, classes: int, samples: int) -> SliceQuality:
+    """Give what holds of a case of which nothing has been asked yet."""
+    return SliceQuality(
+        iou=torch.full((depth, classes), torch.nan),
+        area=torch.zeros((depth, classes), dtype=torch.int64),
+        overlaps=torch.zeros((depth, classes, samples, samples), dtype=torch.int64),
+    )
+
+
+def _shared_pixels(draws: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Count the pixels that the masks of each two draws `(n, k, H, W)` share: `(n, k, S, S)`."""
+    masks = torch.stack(list(draws), dim=2).flatten(3) > 0  # (n, k, S, H W)
+    rows = [(masks & masks[:, :, draw : draw + 1]).sum(dim=3) for draw in range(len(draws))]
+    return torch.stack(rows, dim=2)

@@ -9,7 +9,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 
-from scripts.engines.answers import SampledLogits
+from scripts.engines.answers import JudgedLogits, SampledLogits
 from scripts.engines.processes import gathered
 from scripts.errors import AutoMedSAMError, InputError
 
@@ -38,11 +38,14 @@ def intended_error(error: BaseException | None) -> AutoMedSAMError | None:
     return error
 
 
-def _of_one_case(answer: torch.Tensor | SampledLogits) -> dict[str, torch.Tensor]:
+def _of_one_case(answer: torch.Tensor | SampledLogits | JudgedLogits) -> dict[str, Any]:
     """Take the batch axis off the logits and, of several samples, off their uncertainty."""
-    if isinstance(answer, SampledLogits):
-        return {"pred": answer.logits[0], "uncertainty": answer.uncertainty[0]}
-    return {"pred": answer[0]}
+    if isinstance(answer, torch.Tensor):
+        return {"pred": answer[0]}
+    result: dict[str, Any] = {"pred": answer.logits[0]}
+    if answer.uncertainty is not None:
+        result["uncertainty"] = answer.uncertainty[0]
+    return result | ({"quality": answer.quality} if isinstance(answer, JudgedLogits) else {})
 
 
 class CaseEvaluator(SupervisedEvaluator):

@@ -40,17 +40,17 @@ class CsvLog:
         """Keep the rows up to counter `after`, and nothing of an older run where that is 0."""
         prepare_output_folder(self.path.parent)
         kept = [row for row in self.rows() if int(row[self.counter]) <= after]
-        with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
-            if kept:
-                writer = csv.DictWriter(file, fieldnames=list(kept[0]))
-                writer.writeheader()
-                writer.writerows(kept)
+        self._write(kept, list(kept[0]) if kept else [])
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; the first one also writes the head."""
+        """Append a row; the first one also writes the head, which grows where a later one brings new columns."""
+        head = self._head()
+        new = [name for name in row if name not in head]
+        if head and new:
+            self._write(self.rows(), [*head, *new])
         with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if file.tell() == 0:
+            writer = csv.DictWriter(file, fieldnames=[*head, *new])
+            if not head:
                 writer.writeheader()
             writer.writerow(row)
 
@@ -60,6 +60,21 @@ class CsvLog:
             return []
         with open(self.path, newline="") as file:
             return list(csv.DictReader(file))
+
+    def _head(self) -> list[str]:
+        """Read the names of the columns; none of an empty file or without one."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return next(csv.reader(file), [])
+
+    def _write(self, rows: Sequence[Mapping[str, str]], head: Sequence[str]) -> None:
+        """Write all rows anew, and nothing at all where there are no columns."""
+        with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
+            if head:
+                writer = csv.DictWriter(file, fieldnames=list(head))
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 class JointLossHandler:
@@ -459,7 +474,7 @@ class SaveBest:
 
 
 class EpochTable:
-    """Write one row an epoch: its learning rate, training losses and validation scores.
+    """Write one row an epoch: its learning rate, training losses and validation scores, means and each class's.
 
     List it behind validation and before the scheduler, which sets the next epoch's learning rate.
 
@@ -493,4 +508,5 @@ class EpochTable:
             validated = self.evaluator.state.epoch == engine.state.epoch
             scores = self.evaluator.state.metrics if validated else {}
             row |= {name: scores.get(name, "") for name in ("val_mean_dsc", "val_mean_nsd")}
+            row |= {name: value for name, value in scores.items() if name.startswith("val_")}
         self.log.add(row)

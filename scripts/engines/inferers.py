@@ -14,15 +14,16 @@ from tqdm import tqdm
 from scripts.data.embeddings import EmbeddingStore, slices_key
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.engines.acceleration import require_bfloat16
-from scripts.engines.answers import CaseAnswers, SampledLogits
+from scripts.engines.answers import CaseAnswers, JudgedLogits, SampledLogits
 from scripts.engines.batches import diffusion_noise
 from scripts.engines.runtimes import OnnxNetwork, choose_runtime
 from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
+from scripts.networks.prompts import PromptEmbeddings
 
 
 @dataclass(frozen=True)
-class _Slices:
+class CaseSlices:
     """Some slices of a case with what is asked of them.
 
     Attributes:
@@ -37,10 +38,10 @@ class _Slices:
     pixels: torch.Tensor
     asked: torch.Tensor
 
-    def some(self, rows: Sequence[int]) -> "_Slices":
+    def some(self, rows: Sequence[int]) -> "CaseSlices":
         """Give some of them, by their numbers from 0 to n - 1."""
         chosen = list(rows)
-        return _Slices(self.case, [self.places[row] for row in chosen], self.pixels[chosen], self.asked[:, chosen])
+        return CaseSlices(self.case, [self.places[row] for row in chosen], self.pixels[chosen], self.asked[:, chosen])
 
 
 class ClassPromptInferer(Inferer):
@@ -61,6 +62,7 @@ class ClassPromptInferer(Inferer):
         runtime: `torch`, or `onnx` for ONNX Runtime on a CPU, see `scripts.engines.runtimes`.
         checkpoint: the network's weights file, beside which another runtime keeps its graphs.
         progress: whether to show a bar of the slices of a volume.
+        quality: whether the answer tells what it says of its own quality.
 
     Attributes:
         store: of the network's image encoder, to read embeddings from and to keep new ones in; None for none.
@@ -81,6 +83,7 @@ class ClassPromptInferer(Inferer):
         runtime: str = "torch",
         checkpoint: str = "",
         progress: bool = False,
+        quality: bool = False,
     ) -> None:
         super().__init__()
         if samples < 1 or (samples > 1 and noise_seed is None):
@@ -98,6 +101,7 @@ class ClassPromptInferer(Inferer):
         self.runtime = runtime
         self.checkpoint = checkpoint
         self.progress = progress
+        self.quality = quality
         self.store: EmbeddingStore | None = None
         self._chosen: tuple[AutoMedSAM, AutoMedSAM | OnnxNetwork] | None = None
 
@@ -109,7 +113,7 @@ class ClassPromptInferer(Inferer):
         presence: torch.Tensor | None = None,
         case: str = "",
         **_: Any,
-    ) -> torch.Tensor | SampledLogits:
+    ) -> torch.Tensor | SampledLogits | JudgedLogits:
         """Segment one case.
 
         Args:
@@ -121,7 +125,8 @@ class ClassPromptInferer(Inferer):
             case: its name, which seeds the noise.
 
         Returns:
-            Logits `(1, K, H, W, D)` in the case's own pixels, in half precision; of several samples `SampledLogits`.
+            Logits `(1, K, H, W, D)` in the case's own pixels, in half precision; of several samples `SampledLogits`,
+            and with the quality `JudgedLogits`.
 
         Raises:
             ConfigError: a runtime or a precision that the device does not have.
@@ -131,7 +136,9 @@ class ClassPromptInferer(Inferer):
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
         asked = torch.ones((len(ids), depth), dtype=torch.bool) if presence is None else presence[0].cpu()
-        answers = CaseAnswers((height, width, depth), classes=len(ids), samples=self.samples, device=image.device)
+        answers = CaseAnswers(
+            (height, width, depth), classes=len(ids), samples=self.samples, device=image.device, judged=self.quality
+        )
         with self._mixed(image.device):
             for slices, repeated in self._distinct(image, asked, case, model.image_size):
                 self._segment(model, slices, ids, answers, (height, width))
@@ -158,7 +165,7 @@ class ClassPromptInferer(Inferer):
 
     def _distinct(
         self, image: torch.Tensor, asked: torch.Tensor, case: str, image_size: int
-    ) -> Iterator[tuple[_Slices, list[tuple[int, int]]]]:
+    ) -> Iterator[tuple[CaseSlices, list[tuple[int, int]]]]:
         """Prepare a case's slices chunk by chunk, each only where none before is like it.
 
         Args:
@@ -174,8 +181,8 @@ class ClassPromptInferer(Inferer):
         seen: dict[tuple[object, ...], int] = {}
         for places in self._chunks(image.shape[3]):
             pixels = network_slices(image[..., places[0] : places[-1] + 1], image_size)
-            slices = _Slices(case, places, pixels, asked[:, places])
-            sources = [seen.setdefault(_identity(slices, row), place) for row, place in enumerate(places)]
+            slices = CaseSlices(case, places, pixels, asked[:, places])
+            sources = [seen.setdefault(self._identity(slices, row), place) for row, place in enumerate(places)]
             new = [row for row, place in enumerate(places) if sources[row] == place and slices.asked[:, row].any()]
             repeated = [(place, source) for place, source in zip(places, sources, strict=True) if place != source]
             yield slices.some(new), repeated
@@ -206,7 +213,7 @@ class ClassPromptInferer(Inferer):
     def _segment(
         self,
         model: AutoMedSAM | OnnxNetwork,
-        slices: _Slices,
+        slices: CaseSlices,
         ids: Sequence[int],
         answers: CaseAnswers,
         original: tuple[int, int],
@@ -215,15 +222,29 @@ class ClassPromptInferer(Inferer):
         embeddings = self._embed(model, slices.pixels)
         for rows, columns in self._questions(slices.asked):
             embedding = embeddings[rows]
-            asked_ids = torch.tensor([ids[column] for column in columns], device=embedding.device)
-            places = [(slices.case, slices.places[row], ids[column]) for row in rows for column in columns]
-            draws = []
+            draws, qualities = [], []
             for sample in range(self.samples):
-                noise = self._noise(model, places, sample, (len(rows), len(columns)), embedding.device)
-                prompts = model.encode_classes(embedding, asked_ids.expand(len(rows), -1), noise=noise)
-                squares, _ = model.decode(embedding, prompts)  # (B, K, S, S)
+                prompts = self._prompts(model, embedding, slices, (rows, columns), ids, sample)
+                squares, quality = model.decode(embedding, prompts)  # (B, K, S, S), (B, K)
+                qualities.append(quality)
                 draws.append(restore_from_square(squares.float(), size=model.image_size, original=original))
-            answers.put([slices.places[row] for row in rows], columns, draws)
+            answers.put([slices.places[row] for row in rows], columns, draws, qualities)
+
+    def _prompts(
+        self,
+        model: AutoMedSAM | OnnxNetwork,
+        embedding: torch.Tensor,
+        slices: CaseSlices,
+        asked: tuple[Sequence[int], Sequence[int]],
+        ids: Sequence[int],
+        sample: int,
+    ) -> PromptEmbeddings:
+        """Make the prompts of B slices and K classes `asked`, as rows and columns of `slices.asked`: B x K rows."""
+        rows, columns = asked
+        places = [(slices.case, slices.places[row], ids[column]) for row in rows for column in columns]
+        noise = self._noise(model, places, sample, (len(rows), len(columns)), embedding.device)
+        asked_ids = torch.tensor([ids[column] for column in columns], device=embedding.device)
+        return model.encode_classes(embedding, asked_ids.expand(len(rows), -1), noise=noise)
 
     def _embed(self, model: AutoMedSAM | OnnxNetwork, pixels: torch.Tensor) -> torch.Tensor:
         """Embed slices (n, 3, S, S), through the store where there is one: (n, 256, h, w)."""
@@ -258,6 +279,10 @@ class ClassPromptInferer(Inferer):
                 for place in range(0, len(rows), step):
                     yield rows[place : place + step], some
 
+    def _identity(self, slices: CaseSlices, row: int) -> tuple[object, ...]:
+        """Name a slice by its pixels and by what is asked of it."""
+        return slices_key(slices.pixels[row].cpu()), *slices.asked[:, row].tolist()
+
     def _noise(
         self,
         model: AutoMedSAM | OnnxNetwork,
@@ -272,11 +297,6 @@ class ClassPromptInferer(Inferer):
         seeds = torch.tensor([_seed_of(self.noise_seed, *place, sample) for place in places])
         noise = diffusion_noise(seeds, prompts=1, grid_size=model.grid_size)  # (B K, 1, C, h, w)
         return noise.reshape(*shape, *noise.shape[2:]).to(device)
-
-
-def _identity(slices: _Slices, row: int) -> tuple[object, ...]:
-    """Name a slice by its pixels and by what is asked of it."""
-    return slices_key(slices.pixels[row].cpu()), *slices.asked[:, row].tolist()
 
 
 def _seed_of(*parts: object) -> int:

@@ -14,6 +14,7 @@ from scripts.losses.shape_distance import ShapeDistanceLoss
 from scripts.networks.prompts import MaskPrediction
 
 LOSS_NAMES = ("mse_sparse", "mse_dense", "dice", "cross_entropy", "shape_distance")  # J = 5
+OPTIONAL_LOSSES = ("iou",)  # not in the paper
 SMALLEST_WEIGHT = 1e-3  # keeps lambda = 0 from dividing by nothing; its square is lost beside lambda = 1
 DICE_SMOOTHING = 1e-5
 
@@ -77,6 +78,22 @@ def pooled_dice(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return 1.0 - (2.0 * sums[0] + DICE_SMOOTHING) / (sums[1] + DICE_SMOOTHING)
 
 
+def intersection_over_union(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Measure what the decoder's quality estimates: the IoU of the predicted mask, probability above one half.
+
+    Args:
+        logits: `(N, H, W)`.
+        mask: `(N, H, W)`, 0 or 1.
+
+    Returns:
+        `(N,)`, 0 to 1, without gradient; 1 where nothing is predicted and nothing is there.
+    """
+    predicted, true = logits.detach() > 0, mask > 0.5
+    shared = (predicted & true).sum(dim=(1, 2))
+    union = (predicted | true).sum(dim=(1, 2))
+    return torch.where(union > 0, shared / union.clamp(min=1), 1.0)
+
+
 class JointLoss(nn.Module):
     """Join the five losses by learned weights: the sum of L_j / (2 lambda_j^2) + log(1 + lambda_j^2) (Eq. 17).
 
@@ -84,8 +101,11 @@ class JointLoss(nn.Module):
     over the present prompts, cross-entropy over all. Dice is either pooled over all prompts of the batch, as Eq. 14
     says, or averaged over the present ones.
 
+    The paper leaves the decoder's quality head untrained. The further loss `iou` trains it as MedSAM's and SAM's own
+    training do: the squared difference between the quality and the mask's actual IoU, over all prompts.
+
     Args:
-        losses: which of `LOSS_NAMES` take part, in the order of their weights.
+        losses: which of `LOSS_NAMES` and `OPTIONAL_LOSSES` take part, in the order of their weights.
         weighting: `uncertainty` for Eq. 17, `fixed` for the plain sum (the ablation of Table 7).
         dice: `pooled` over all prompts, or `each` present prompt by itself, which weighs small organs like large ones
             (as the group's other public training code does).
@@ -106,9 +126,9 @@ class JointLoss(nn.Module):
         dice: Literal["pooled", "each"] = "pooled",
     ) -> None:
         super().__init__()
-        unknown = set(losses) - set(LOSS_NAMES)
-        if unknown or not losses or len(set(losses)) < len(losses):
-            raise ConfigError(f"losses must be some of {', '.join(LOSS_NAMES)}, each once, not {list(losses)}")
+        known = (*LOSS_NAMES, *OPTIONAL_LOSSES)
+        if set(losses) - set(known) or not losses or len(set(losses)) < len(losses):
+            raise ConfigError(f"losses must be some of {', '.join(known)}, each once, not {list(losses)}")
         if weighting not in ("uncertainty", "fixed"):
             raise ConfigError(f"weighting is 'uncertainty' or 'fixed', not '{weighting}'")
         if dice not in ("pooled", "each"):
@@ -158,6 +178,9 @@ class JointLoss(nn.Module):
         if "shape_distance" in self.losses:
             shape = self.shape_distance(logits, targets.distance.flatten(0, 1))  # Eq. 16
             parts["shape_distance"] = mean_over(shape, present)
+        if "iou" in self.losses:
+            difference = prediction.quality.flatten().float() - intersection_over_union(logits, mask)
+            parts["iou"] = mean_over(difference.square(), torch.ones_like(present))
         return parts | self._embedding_parts(prediction, present)
 
     def _dice(self, logits: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

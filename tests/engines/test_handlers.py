@@ -634,6 +634,27 @@ def test_the_table_has_a_row_for_each_epoch_with_scores_where_there_are_any(run,
     assert {f"train_{name}" for name in LOSS_NAMES} < set(rows[0])
 
 
+def test_each_class_has_a_column_from_the_first_score_on(run, tmp_path):
+    evaluator = Engine(lambda *_: None)
+    trainer = run(EpochTable(tmp_path / "epochs.csv", evaluator=evaluator), epochs=3)
+
+    @trainer.on(Events.ITERATION_COMPLETED(every=3))
+    def validate():
+        if trainer.state.epoch > 1:
+            evaluator.state.epoch = trainer.state.epoch
+            evaluator.state.metrics = {"val_mean_dsc": 0.5, "val_liver_dsc": trainer.state.epoch / 4, "other": 1}
+
+    trainer.run()
+    rows = CsvLog(tmp_path / "epochs.csv", counter="epoch").rows()
+    assert [(row["epoch"], row["val_mean_dsc"], row["val_liver_dsc"]) for row in rows] == [
+        ("1", "", ""),
+        ("2", "0.5", "0.5"),
+        ("3", "0.5", "0.75"),
+    ]
+    assert all(row["train_loss"] for row in rows)
+    assert "other" not in rows[0]
+
+
 def test_a_resumed_table_goes_on(tmp_path):
     def train(first, last):
         trainer = Engine(lambda *_: None)

@@ -10,7 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scripts.errors import ConfigError
-from scripts.losses.joint import LOSS_NAMES, SMALLEST_WEIGHT, JointLoss, PromptTargets, mean_over, pooled_dice
+from scripts.losses.joint import (
+    LOSS_NAMES,
+    SMALLEST_WEIGHT,
+    JointLoss,
+    PromptTargets,
+    intersection_over_union,
+    mean_over,
+    pooled_dice,
+)
 from scripts.losses.shape_distance import distance_map
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
@@ -350,7 +358,7 @@ def test_a_missing_teacher_is_an_error(name, generator):
         JointLoss(losses=(name,))(prediction, targets_of([[True]]))
 
 
-@pytest.mark.parametrize("losses", [(), ("dice", "iou"), ("dice", "dice"), "dice"])
+@pytest.mark.parametrize("losses", [(), ("dice", "ssim"), ("dice", "dice"), "dice"])
 def test_a_wrong_choice_is_refused(losses):
     with pytest.raises(ConfigError, match="losses must be some of mse_sparse"):
         JointLoss(losses=losses)
@@ -506,3 +514,45 @@ def test_two_processes_have_the_joint_loss_of_one(dice, ranks):
     torch.testing.assert_close((first[0] + second[0]) / 2, total.detach())
     torch.testing.assert_close((first[1] + second[1]) / 2, loss.weights.grad)
     torch.testing.assert_close((first[2] + second[2]) / 2, prediction.logits.grad)
+
+
+# The decoder's quality, which the paper leaves untrained.
+
+
+def test_the_quality_learns_the_iou_of_the_thresholded_mask(generator):
+    prediction, targets = prediction_of(generator, 2, 3), targets_of(MIXED)
+    quality = torch.rand((2, 3), generator=generator, requires_grad=True)
+    loss = JointLoss(losses=["iou"], weighting="fixed")
+    total = loss(prediction._replace(quality=quality), targets)
+    probability, mask, _ = as_arrays(prediction, targets)
+    predicted, true = probability > 0.5, mask > 0.5
+    iou = (predicted & true).sum(axis=(1, 2)) / (predicted | true).sum(axis=(1, 2))
+    difference = quality.detach().numpy().reshape(-1) - iou
+    assert total.item() == pytest.approx((difference**2).mean(), rel=1e-5)
+    total.backward()
+    np.testing.assert_allclose(quality.grad.reshape(-1), 2 * difference / 6, rtol=1e-4)
+    assert prediction.logits.grad is None
+
+
+def test_the_iou_by_hand():
+    logits = torch.tensor([[[1.0, 1.0, -1.0]], [[-1.0, 0.0, -2.0]], [[-1.0, -1.0, -1.0]], [[5.0, -1.0, -1.0]]])
+    mask = torch.tensor([[[0.0, 1.0, 1.0]], [[0.0, 0.0, 0.0]], [[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
+    found = intersection_over_union(logits.requires_grad_(True), mask)
+    assert found.tolist() == pytest.approx([1 / 3, 1.0, 0.0, 0.0])
+    assert not found.requires_grad
+
+
+def test_the_quality_is_no_part_of_the_papers_loss(generator):
+    prediction, targets = prediction_of(generator, 2, 3), targets_of(MIXED)
+    loss = JointLoss()
+    before = loss(prediction, targets)
+    assert "iou" not in loss.components
+    assert torch.equal(before, loss(prediction._replace(quality=torch.ones(2, 3)), targets))
+
+
+def test_the_quality_has_a_weight_beside_the_five(generator):
+    loss = JointLoss(losses=[*LOSS_NAMES, "iou"])
+    assert loss.named_weights() == dict.fromkeys((*LOSS_NAMES, "iou"), 1.0)
+    total = loss(prediction_of(generator, 2, 3), targets_of(MIXED))
+    expected = 0.5 * sum(loss.components[name].item() for name in (*LOSS_NAMES, "iou")) + 6 * math.log(2)
+    assert total.item() == pytest.approx(expected, rel=1e-4)
