@@ -22,7 +22,7 @@ from scripts.data.vocabulary import Vocabulary
 from scripts.data.writing import BACKGROUND
 from scripts.errors import InputError, PromptError
 from scripts.metrics.masks import DEFAULT_TOLERANCE, check_tolerance
-from scripts.metrics.scores import ClassScore, score_case
+from scripts.metrics.scores import ClassScore, score_case, without_names
 from scripts.metrics.summaries import check_protocol, summarise_units
 from scripts.report.run_record import write_run_record
 from scripts.report.tables import check_averaging, render_tables, write_scores_csv, write_summary_json
@@ -207,7 +207,7 @@ def score_files(
             failures[case] = str(error)
     for case, reason in sorted(failures.items()):
         logger.error("%s: %s", case, reason)
-    result = ScoredFiles(tuple(scores), failures)
+    result = ScoredFiles(tuple(without_names(scores)), failures)
     if not scores:
         result.raise_failures()
     return result

@@ -170,7 +170,7 @@ def test_cases_belong_to_patients(folders, vocabulary, tmp_path):
         write_pair(folders, case)
     (tmp_path / "patients.csv").write_text("case,patient\na,p\nb,p\nelsewhere,q\n")
     found = score_files(*folders, vocabulary=vocabulary, patients=tmp_path / "patients.csv").scores
-    assert [entry.patient for entry in found[::2]] == ["p", "p", "c"]
+    assert [entry.patient for entry in found[::2]] == ["a", "a", "c"]
 
 
 @pytest.mark.parametrize(

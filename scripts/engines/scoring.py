@@ -17,7 +17,7 @@ from monai.utils import convert_to_numpy
 from scripts.data.vocabulary import Vocabulary
 from scripts.data.writing import prepare_output_folder
 from scripts.engines.processes import gathered
-from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, score_case
+from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, score_case, without_names
 from scripts.metrics.statistics import RESAMPLES
 from scripts.metrics.summaries import Summary, summarise_units
 from scripts.report.run_record import write_run_record
@@ -204,4 +204,4 @@ def _merged(parts: Sequence[Sequence[ClassScore]]) -> list[ClassScore]:
     for part in parts:
         known = {score.case for score in merged}
         merged += [score for score in part if score.case not in known]
-    return sorted(merged, key=lambda score: (score.case, score.class_id))
+    return without_names(sorted(merged, key=lambda score: (score.case, score.class_id)))

@@ -57,7 +57,7 @@ class ClassScore:
             class.
         assd: Average symmetric surface distance in ``unit``; likewise.
         volume_error_ml: Predicted minus true volume in ml; NaN of a planar case.
-        patient: Whose case it is.
+        patient: Whose case it is; in what is written, the name of the first of the patient's cases.
         class_id: The class's number in the vocabulary.
         tolerance: Tolerance of ``nsd`` and ``nsd_challenge`` in ``unit``.
         unit: "mm" where surfaces were measured over the volume in 3D, "px" where over planar slices.
@@ -131,6 +131,23 @@ def normalized_surface_dice(
     """
     check_tolerance(tolerance)
     return measure_distances(prediction, truth, spacing=spacing).surface_dice(tolerance)
+
+
+def without_names(scores: Sequence[ClassScore]) -> list[ClassScore]:
+    """Call each patient after the first of the cases that are his or hers, so that no report names a person.
+
+    Intervals ask only which cases belong together.
+
+    Args:
+        scores: Of all cases, in any order.
+
+    Returns:
+        The same scores in the same order.
+    """
+    first_case: dict[str, str] = {}
+    for score in scores:
+        first_case[score.patient] = min(score.case, first_case.get(score.patient, score.case))
+    return [replace(score, patient=first_case[score.patient]) for score in scores]
 
 
 def score_case(

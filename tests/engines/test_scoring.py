@@ -131,7 +131,9 @@ def test_the_scores_of_a_run_get_names_of_their_own(make_case, vocabulary):
         "val_mean_dsc": summary.dsc,
         "val_mean_nsd": summary.nsd,
         "val_liver_dsc": summary.classes[0].dsc,
+        "val_liver_nsd": summary.classes[0].nsd,
         "val_left_kidney_dsc": summary.classes[1].dsc,
+        "val_left_kidney_nsd": summary.classes[1].nsd,
     }
     assert [(score.case, score.class_id) for score in scores.scores] == [("a", 1), ("a", 4), ("b", 1), ("b", 4)]
     assert evaluator.state.best_metric == summary.dsc

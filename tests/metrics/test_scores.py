@@ -12,7 +12,7 @@ from scripts.errors import ConfigError, InputError
 from scripts.metrics.challenge import nsd_challenge, nsd_challenge_by_class
 from scripts.metrics.masks import dice_score
 from scripts.metrics.pairs import compare_masks
-from scripts.metrics.scores import ClassScore, normalized_surface_dice, score_case
+from scripts.metrics.scores import ClassScore, normalized_surface_dice, score_case, without_names
 
 Mask = npt.NDArray[np.bool_]
 ROOT_2 = math.sqrt(2)
@@ -399,3 +399,17 @@ def test_cases_that_cannot_be_scored(
     arguments = {"case": "a", "class_ids": [1], "class_names": ["liver"], "spacing": (1, 1, 1), "planar": False}
     with pytest.raises(error, match=message):
         score_case(*masks, **(arguments | changes))  # type: ignore[arg-type]
+
+
+def test_patients_are_called_after_their_first_case():
+    mask = np.ones((1, 2, 2, 1), dtype=bool)
+    scores = [
+        score
+        for case, patient in (("b", "Jane"), ("a", "Jane"), ("c", None), ("d", "a"))
+        for score in score_case(
+            mask, mask, case=case, class_ids=[1], class_names=["liver"], spacing=None, planar=True, patient=patient
+        )
+    ]
+    named = without_names(scores)
+    assert [(score.case, score.patient) for score in named] == [("b", "a"), ("a", "a"), ("c", "c"), ("d", "d")]
+    assert without_names(named) == named
