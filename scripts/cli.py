@@ -18,6 +18,7 @@ from scripts.workflow import BUNDLE_ROOT, CONFIGS, as_setting, find_overlays, ru
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 STATS_LOGGER = "monai.handlers.StatsHandler"
+OVERLAYS = {"automedsam": (), "hsp_sam": ("networks/hsp_sam.yaml",)}  # over the configs, by network
 
 
 def infer(
@@ -27,6 +28,7 @@ def infer(
     modality: str | None = None,
     output: str = "out",
     checkpoint: str | None = None,
+    network: str | None = None,
     probability_maps: bool = False,
     samples: int = 1,
     runtime: str = "torch",
@@ -41,6 +43,7 @@ def infer(
         modality: CT, MR, endoscopy, dermoscopy, xray, fundus, ultrasound or microscopy, where the file does not tell.
         output: folder of label maps, names, colours and overlay pictures.
         checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
+        network: automedsam or hsp_sam, for the checkpoint to be compared with; the checkpoint knows it by itself.
         probability_maps: also write each class's probabilities, in which overlapping classes stay apart.
         samples: how often to draw the diffusion noise; of several draws the mean decides, and their spread is written
             as a map of uncertainty for each class.
@@ -49,6 +52,7 @@ def infer(
         overrides: further settings of configs/inference.json.
     """
     model = _of_checkpoint(checkpoint, with_trained=True)
+    _require_network(network, model["architecture"], checkpoint)
     _require_sense(classes, modality, trained=model["trained"], force=force)
     folder = _writable(output)
     settings = {
@@ -63,7 +67,7 @@ def infer(
     }
     if samples > 1:
         settings["noise_seed"] = 0
-    run_configs(["inference.json"], {**settings, **model, **overrides})
+    run_configs(["inference.json", *OVERLAYS[model["architecture"]]], {**settings, **model, **overrides})
     return f"label maps, names and pictures are in {folder}"
 
 
@@ -76,7 +80,7 @@ def train(
     resume: str | None = None,
     **overrides: Any,
 ) -> str:
-    """Train AutoMedSAM on the cases of a datalist.
+    """Train AutoMedSAM, or with --config networks/hsp_sam.yaml HSP-SAM, on the cases of a datalist.
 
     Args:
         datalist: JSON file with the sections training and validation, see docs/data.md; several, separated by commas,
@@ -154,7 +158,9 @@ def evaluate(
         "presence": presence,
         "output_dir": str(folder),
     }
-    workflow = run_configs(["train.json", "evaluate.json"], {**settings, **_of_checkpoint(checkpoint), **overrides})
+    model = _of_checkpoint(checkpoint)
+    configs = ["train.json", "evaluate.json", *OVERLAYS[model["architecture"]]]
+    workflow = run_configs(configs, {**settings, **model, **overrides})
     from scripts.report.tables import render_tables
 
     summaries = workflow.parser.get_parsed_content("validate#scores").summaries()
@@ -396,15 +402,15 @@ def study(
     only: str | None = None,
     **overrides: Any,
 ) -> str:
-    """Train and evaluate the rows of one of the paper's tables, and print them beside the paper's figures.
+    """Train and evaluate the rows of one of the paper's tables, or of this bundle's own, and print them as a table.
 
     What is complete is not run again, so that the same command goes on with a study that broke off.
 
     Args:
-        table: table_2 to table_8, or a .yaml file of the same form; see docs/studies.md.
+        table: table_2 to table_8, hsp_prompts and others, or a .yaml file of the same form; see docs/studies.md.
         datalist: JSON file with the sections training, validation and test.
         output: folder of the runs and of table.txt, study.csv and study.json; runs/studies/TABLE if none is given.
-        config: overlays over configs/train.json for all rows, separated by commas.
+        config: overlays over configs/train.json for all rows, separated by commas; those of a row lie over them.
         seeds: of the trainings, separated by commas.
         noise_seeds: evaluate each network with the noise of these seeds too, for its spread.
         section: which cases are evaluated.
@@ -413,8 +419,9 @@ def study(
         only: rows to run, separated by semicolons; what is complete of the others is shown too.
         overrides: further settings of configs/train.json for all rows, such as max_epochs.
     """
-    from scripts.study import TABLES, StudyPlan, read_overlays, run_study
-    from scripts.study_rows import read_table
+    from scripts.study.plan import TABLES, StudyPlan
+    from scripts.study.rows import read_table
+    from scripts.study.study import run_study
 
     datalists = _of_sets(datalist, sets)
     rows = read_table(table, TABLES, sets=list(datalists))
@@ -423,7 +430,8 @@ def study(
         table=rows,
         datalists=datalists,
         output=folder,
-        settings={**read_overlays(find_overlays(config)), **overrides},
+        settings=overrides,
+        overlays=find_overlays(config),
         seeds=_as_numbers(seeds),
         noise_seeds=_as_numbers(noise_seeds),
         section=section,
@@ -595,6 +603,20 @@ def _require_sense(
         choose_classes(vocabulary, prompts=prompts, modality=modality, trained=trained, force=force)
 
 
+def _require_network(asked: str | None, found: str, checkpoint: str | None) -> None:
+    """Refuse a checkpoint of another network than the one that was asked for."""
+    if asked is None or asked == found:
+        return
+    if asked not in OVERLAYS:
+        raise ConfigError(f"the network is one of {', '.join(OVERLAYS)}, not {asked!r}")
+    if checkpoint is None:
+        raise ConfigError(
+            f"the bundle's own model is of {found}: train {asked} with `automedsam train DATALIST --config "
+            f"networks/{asked}.yaml` and give its model.pt with --checkpoint"
+        )
+    raise CheckpointError(f"{checkpoint} is a model of {found}, not of {asked}: give another, or leave --network out")
+
+
 def _writable(path: str | Path) -> Path:
     """Make the output folder before any work, as an absolute path."""
     from scripts.data.writing import prepare_output_folder
@@ -612,6 +634,7 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
     card = ModelCard.beside(path)
     return {
         "checkpoint": str(path),
+        "architecture": card.architecture,
         **card.network,
         **card.preprocessing,
         "quality_head": bool(card.training.get("quality_head_trained")),

@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+import yaml
 
 from scripts import cli
 from scripts.data.datalist import read_datalist
@@ -89,6 +90,17 @@ def test_overlays_set_nothing_that_is_not_explained(bundle_root):
     for path in sorted((bundle_root / "configs").glob("multi_gpu_*.json")):
         keys = override_keys(json.loads(path.read_text(encoding="utf-8")))
         assert {key.split("#")[0] for key in keys} <= explained, path.name
+
+
+def test_settings_of_hsp_sam_are_explained(bundle_root):
+    """In its own section, or in that of train.json, whose setting it then is."""
+    content = yaml.safe_load(text_of(bundle_root, "configs/networks/hsp_sam.yaml"))
+    text = text_of(bundle_root, "docs/configuration.md")
+    own = {row[0].strip("`"): row[1].strip("`") for row in rows(section(text, "HSP-SAM"))[1:]}
+    for setting, value in own.items():
+        assert str(content[setting]).lower() == value, setting
+    known = {row[0].strip("`") for row in rows(section(text, "train.json"))}
+    assert {key.split("#")[0] for key in content} <= known | set(own)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

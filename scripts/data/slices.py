@@ -1,4 +1,4 @@
-"""Training samples: one slice and the classes asked for in it.
+"""Training samples: one slice, with the masks of all classes or with the classes asked for in it.
 
 A sample depends on (seed, epoch, index) alone. So a resumed run sees what an uninterrupted one would have seen, with
 any number of workers and of processes.
@@ -181,27 +181,18 @@ def grown_box(mask: np.ndarray, *, growth: int, rng: np.random.Generator) -> np.
     return np.array(box, dtype=np.float32)
 
 
-class PromptedSlices(Dataset):
-    """The slices of all cases, each with the classes asked for in it.
+class LabelledSlices(Dataset):
+    """The slices of all cases, each with the masks of all classes.
 
     Args:
         data: cases as `read_datalist` gives them, with `annotated` class ids.
         transform: reads and prepares a case, once; `SlicesToSquared` ends it.
         class_ids: the classes of the labels' channels, ascending.
-        classes_per_image: K, how many classes are asked for in a slice.
-        absent_share: share of the questions that ask for a class which is not there.
-        box_growth: largest random growth of a box's side in pixels.
         augmentation: random transforms of `image` (3, S, S) and `label` (K, S, S); None for none.
-        vocabulary: tells which classes cannot occur in a case, from its `modality` and `regions`, and which class is
-            another one's partner; needed for `impossible_share` and `orientations`.
-        impossible_share: share of the questions about a case that ask for a class which cannot occur in it, where
-            `class_ids` has one; all others are about annotated classes.
+        vocabulary: tells which class is another one's partner; needed for `orientations`.
         orientations: modality -> "none", "mirror" (left to right) or "all" (the eight rotations and mirrorings); none
             where it says nothing. In a mirrored image lateral partners exchange their names.
         augment: False switches `augmentation` and `orientations` off.
-        versions: 0 augments a slice anew each time that it is drawn; n gives it n fixed versions, the slice as it is
-            and n - 1 augmented ones, of which each draw takes one, as for embeddings that are computed before.
-        distance_form: the distance map of the Shape Distance loss.
         seed: of everything random in here.
         progress: whether to show a bar while the cases are read.
 
@@ -210,9 +201,9 @@ class PromptedSlices(Dataset):
         sets: the data set of each slice, N names.
 
     Raises:
-        InputError: no case, a case that annotates none of the classes, or one whose slices were lost on the way.
-        ConfigError: a share that is none, fewer than one class, an unknown orientation, or one that would turn a class
-            into a partner which is not among the classes.
+        InputError: no case, a case that does not annotate all the classes, or one whose slices were lost on the way.
+        ConfigError: an unknown orientation, or one that would turn a class into a partner which is not among the
+            classes.
     """
 
     def __init__(
@@ -221,43 +212,26 @@ class PromptedSlices(Dataset):
         transform: Compose,
         *,
         class_ids: Sequence[int],
-        classes_per_image: int = 1,
-        absent_share: float = 0.25,
-        box_growth: int = 5,
         augmentation: Compose | None = None,
         vocabulary: Vocabulary | None = None,
-        impossible_share: float = 0.0,
         orientations: Mapping[str, Orientation] | None = None,
         augment: bool = True,
-        versions: int = 0,
-        distance_form: DistanceMap = "soft",
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        _require_shares(absent_share, impossible_share, classes_per_image)
-        if vocabulary is None and (impossible_share or orientations):
-            raise ConfigError("impossible_share and orientations need the vocabulary; give PromptedSlices vocabulary")
+        if vocabulary is None and orientations:
+            raise ConfigError(f"orientations need the vocabulary; give {type(self).__name__} vocabulary")
         self.class_ids = np.array(sorted(class_ids))
-        self._require_questions(data)
+        self._require_annotation(data)
         self.askable = self._table(data, lambda case: np.isin(self.class_ids, case["annotated"]))
-        self.impossible = np.zeros_like(self.askable)
         self.partners = np.arange(len(self.class_ids))
         self.orientations: list[Orientation] = ["none"] * len(data)
         if vocabulary is not None:
-            self.impossible = self._table(data, lambda case: _cannot_occur(self.class_ids, case, vocabulary))
-            self.impossible &= ~self.askable
             self.partners = _partner_positions(self.class_ids, vocabulary)
             kinds = _read_orientations(orientations or {} if augment else {}, self.class_ids, vocabulary)
             self.orientations = [kinds.get(case["modality"], "none") for case in data]
         self.cases = CacheDataset(data, transform, progress=progress, num_workers=None)
-        self.classes_per_image = classes_per_image
-        self.absent_share = absent_share
-        self.impossible_share = impossible_share
-        self.box_growth = box_growth
         self.augmentation = augmentation if augment else None
-        self.versions = versions
-        self.embeddings: SliceEmbeddings | None = None
-        self.distance_form = distance_form
         self.seed = seed
         self.epoch = 0
         self.places, self.present = self._index()
@@ -272,64 +246,32 @@ class PromptedSlices(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Draw the questions about slice `index`.
+        """Draw how slice `index` is shown.
 
         Returns:
-            `image` (3, S, S) float32 in [0, 1]; for each of K questions `class_id` (K,), `label` (K, S, S) in {0, 1},
-            `present` (K,), `box` (K, 4) xyxy in pixels and `distance` (K, S, S); and `noise_seed`, from which the
-            question's diffusion noise is drawn. Where embeddings have been computed, `embedding` (256, h, w) float16
-            takes the place of `image`.
+            `image` (3, S, S) float32 in [0, 1] and `label` (K, S, S) in {0, 1}, the classes in the order of their ids.
         """
         rng = np.random.default_rng([self.seed, self.epoch, index])
         number, place = self.places[index]
+        mirrored, turns = draw_orientation(self.orientations[number], rng)
+        channels = self._channels(mirrored)
+        image, masks = self._layers(number, place, channels, mirrored=mirrored, turns=turns)
+        image, masks = self._augmented(image, masks, rng)
+        return {"image": _in_colour(image), "label": masks.float()}
+
+    def _channels(self, mirrored: bool) -> np.ndarray:
+        """Say which channel of the label each class has: in a mirrored image that of its partner."""
+        return self.partners if mirrored else np.arange(len(self.class_ids))
+
+    def _layers(
+        self, number: int, place: int, channels: np.ndarray, *, mirrored: bool, turns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the pixels (C, S, S) in [0, 1] and some channels' masks of a case's slice, laid as drawn."""
         case = self.cases[number]
-        version = int(rng.integers(self.versions)) if self.versions else None
-        look = rng if version is None else self._look(index, version)
-        mirrored, turns = self._orientation(number, version, look)
-        # Which channel of the label each class has: in a mirrored image that of its partner.
-        channels = self.partners if mirrored else np.arange(len(self.class_ids))
-        chosen = self._choose(index, channels, rng)
-        image, masks = case["image"][place].float() / 255, case["label"][place][channels[chosen]]
+        image, masks = case["image"][place].float() / 255, case["label"][place][channels]
         # Of a class that cannot be there, a label may still say something; it was not annotated.
-        masks = masks * torch.as_tensor(self.askable[number][channels[chosen]]).reshape(-1, 1, 1)
-        image, masks = self._turned(image, masks, case, mirrored=mirrored, turns=turns)
-        image, masks = (image, masks) if version == 0 else self._augmented(image, masks, look)
-        layers = masks.numpy()
-        boxes = np.stack([grown_box(layer, growth=self.box_growth, rng=rng) for layer in layers])
-        distances = np.stack([distance_map(layer, form=self.distance_form) for layer in layers])
-        seen = (
-            {"image": image.expand(3, -1, -1).contiguous()}
-            if self.embeddings is None
-            else {"embedding": self.embeddings.read(index, version or 0)}
-        )
-        return {
-            **seen,
-            "label": masks.float(),
-            "class_id": torch.as_tensor(self.class_ids[chosen]),
-            "present": masks.bool().flatten(1).any(dim=1),
-            "box": torch.as_tensor(boxes),
-            "distance": torch.as_tensor(distances),
-            "noise_seed": torch.tensor(rng.integers(LARGEST_SEED)),
-        }
-
-    def image(self, index: int, version: int) -> torch.Tensor:
-        """Give the pixels (3, S, S) in [0, 1] of a slice in one of its fixed versions, as `__getitem__` shows them."""
-        look = self._look(index, version)
-        number, place = self.places[index]
-        case = self.cases[number]
-        mirrored, turns = self._orientation(number, version, look)
-        image, nothing = case["image"][place].float() / 255, case["label"][place][:1]
-        image, nothing = self._turned(image, nothing, case, mirrored=mirrored, turns=turns)
-        image = image if version == 0 else self._augmented(image, nothing, look)[0]
-        return image.expand(3, -1, -1).contiguous()
-
-    def _orientation(self, number: int, version: int | None, look: np.random.Generator) -> tuple[bool, int]:
-        """Draw how a case's slice is laid; the first of fixed versions is as it is."""
-        return (False, 0) if version == 0 else draw_orientation(self.orientations[number], look)
-
-    def _look(self, index: int, version: int) -> np.random.Generator:
-        """Give the source of a version's orientation and augmentation, the same in every epoch."""
-        return np.random.default_rng([self.seed, _OF_VERSIONS, version, index])
+        masks = masks * torch.as_tensor(self.askable[number][channels]).reshape(-1, 1, 1)
+        return self._turned(image, masks, case, mirrored=mirrored, turns=turns)
 
     @staticmethod
     def _turned(
@@ -344,35 +286,20 @@ class PromptedSlices(Dataset):
             reoriented(masks, content=content, mirrored=mirrored, turns=turns),
         )
 
-    def _require_questions(self, data: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse a case that tells about none of the classes, before any file is read."""
+    def _require_annotation(self, data: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a case that does not tell about each of the classes, before any file is read."""
         for case in data:
-            if not np.isin(self.class_ids, case["annotated"]).any():
+            if not np.isin(self.class_ids, case["annotated"]).all():
                 raise InputError(
-                    f"case {case['case']}: annotates the classes {list(case['annotated'])}, but the network is to "
-                    f"learn {self.class_ids.tolist()}; give the case a label of these, or set class_ids to the "
-                    "classes of the datalist"
+                    f"case {case['case']}: annotates the classes {list(case['annotated'])}, but the network learns "
+                    f"{self.class_ids.tolist()} from each image together; give the case a label of all of them, or set "
+                    "class_ids to those that every case has"
                 )
 
     def _table(self, data: Sequence[Mapping[str, Any]], row: Callable[[Mapping[str, Any]], np.ndarray]) -> np.ndarray:
         """Ask something of each case for each class: (cases, K) bool."""
         rows = [row(case) for case in data]
         return np.array(rows, dtype=bool).reshape(len(data), len(self.class_ids))
-
-    def _choose(self, index: int, channels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw the classes to ask for in a slice, as positions (classes_per_image,)."""
-        number, _ = self.places[index]
-        count = self.classes_per_image
-        impossible = self.impossible[number][channels]
-        foreign = choose_impossible(impossible, count=count, share=self.impossible_share, rng=rng)
-        own = choose_prompts(
-            self.present[index][channels],
-            self.askable[number][channels],
-            count=count - len(foreign),
-            absent_share=self.absent_share,
-            rng=rng,
-        )
-        return np.concatenate([own, foreign])
 
     def _index(self) -> tuple[list[tuple[int, int]], np.ndarray]:
         """List all slices as (case, slice), and which annotated classes each has; count what was lost on the way."""
@@ -404,6 +331,148 @@ class PromptedSlices(Dataset):
         sample = self.augmentation({"image": image, "label": masks})
         image, masks = (convert_to_tensor(sample[name], track_meta=False) for name in ("image", "label"))
         return image.clamp(0, 1), masks.to(torch.uint8)
+
+
+class PromptedSlices(LabelledSlices):
+    """The slices of all cases, each with the classes asked for in it.
+
+    Args:
+        data: as for `LabelledSlices`.
+        transform: as for `LabelledSlices`.
+        class_ids: as for `LabelledSlices`.
+        classes_per_image: K, how many classes are asked for in a slice.
+        absent_share: share of the questions that ask for a class which is not there.
+        box_growth: largest random growth of a box's side in pixels.
+        vocabulary: tells which classes cannot occur in a case, from its `modality` and `regions`, and which class is
+            another one's partner; needed for `impossible_share` and `orientations`.
+        impossible_share: share of the questions about a case that ask for a class which cannot occur in it, where
+            `class_ids` has one; all others are about annotated classes.
+        versions: 0 augments a slice anew each time that it is drawn; n gives it n fixed versions, the slice as it is
+            and n - 1 augmented ones, of which each draw takes one, as for embeddings that are computed before.
+        distance_form: the distance map of the Shape Distance loss.
+        settings: further ones of `LabelledSlices`.
+
+    Attributes:
+        embeddings: of the slices' versions; None as long as there are none.
+
+    Raises:
+        InputError: no case, a case that annotates none of the classes, or one whose slices were lost on the way.
+        ConfigError: a share that is none, fewer than one class, an unknown orientation, or one that would turn a class
+            into a partner which is not among the classes.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Compose,
+        *,
+        class_ids: Sequence[int],
+        classes_per_image: int = 1,
+        absent_share: float = 0.25,
+        box_growth: int = 5,
+        vocabulary: Vocabulary | None = None,
+        impossible_share: float = 0.0,
+        versions: int = 0,
+        distance_form: DistanceMap = "soft",
+        **settings: Any,
+    ) -> None:
+        _require_shares(absent_share, impossible_share, classes_per_image)
+        if vocabulary is None and impossible_share:
+            raise ConfigError("impossible_share needs the vocabulary; give PromptedSlices vocabulary")
+        self.classes_per_image = classes_per_image
+        self.absent_share = absent_share
+        self.impossible_share = impossible_share
+        self.box_growth = box_growth
+        self.versions = versions
+        self.embeddings: SliceEmbeddings | None = None
+        self.distance_form = distance_form
+        super().__init__(data, transform, class_ids=class_ids, vocabulary=vocabulary, **settings)
+        self.impossible = np.zeros_like(self.askable)
+        if vocabulary is not None:
+            self.impossible = self._table(data, lambda case: _cannot_occur(self.class_ids, case, vocabulary))
+            self.impossible &= ~self.askable
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Draw the questions about slice `index`.
+
+        Returns:
+            `image` (3, S, S) float32 in [0, 1]; for each of K questions `class_id` (K,), `label` (K, S, S) in {0, 1},
+            `present` (K,), `box` (K, 4) xyxy in pixels and `distance` (K, S, S); and `noise_seed`, from which the
+            question's diffusion noise is drawn. Where embeddings have been computed, `embedding` (256, h, w) float16
+            takes the place of `image`.
+        """
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        number, place = self.places[index]
+        version = int(rng.integers(self.versions)) if self.versions else None
+        look = rng if version is None else self._look(index, version)
+        mirrored, turns = self._orientation(number, version, look)
+        channels = self._channels(mirrored)
+        chosen = self._choose(index, channels, rng)
+        image, masks = self._layers(number, place, channels[chosen], mirrored=mirrored, turns=turns)
+        image, masks = (image, masks) if version == 0 else self._augmented(image, masks, look)
+        layers = masks.numpy()
+        boxes = np.stack([grown_box(layer, growth=self.box_growth, rng=rng) for layer in layers])
+        distances = np.stack([distance_map(layer, form=self.distance_form) for layer in layers])
+        seen = (
+            {"image": _in_colour(image)}
+            if self.embeddings is None
+            else {"embedding": self.embeddings.read(index, version or 0)}
+        )
+        return {
+            **seen,
+            "label": masks.float(),
+            "class_id": torch.as_tensor(self.class_ids[chosen]),
+            "present": masks.bool().flatten(1).any(dim=1),
+            "box": torch.as_tensor(boxes),
+            "distance": torch.as_tensor(distances),
+            "noise_seed": torch.tensor(rng.integers(LARGEST_SEED)),
+        }
+
+    def image(self, index: int, version: int) -> torch.Tensor:
+        """Give the pixels (3, S, S) in [0, 1] of a slice in one of its fixed versions, as `__getitem__` shows them."""
+        look = self._look(index, version)
+        number, place = self.places[index]
+        mirrored, turns = self._orientation(number, version, look)
+        image, nothing = self._layers(number, place, np.arange(1), mirrored=mirrored, turns=turns)
+        return _in_colour(image if version == 0 else self._augmented(image, nothing, look)[0])
+
+    def _orientation(self, number: int, version: int | None, look: np.random.Generator) -> tuple[bool, int]:
+        """Draw how a case's slice is laid; the first of fixed versions is as it is."""
+        return (False, 0) if version == 0 else draw_orientation(self.orientations[number], look)
+
+    def _look(self, index: int, version: int) -> np.random.Generator:
+        """Give the source of a version's orientation and augmentation, the same in every epoch."""
+        return np.random.default_rng([self.seed, _OF_VERSIONS, version, index])
+
+    def _require_annotation(self, data: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a case that tells about none of the classes, before any file is read."""
+        for case in data:
+            if not np.isin(self.class_ids, case["annotated"]).any():
+                raise InputError(
+                    f"case {case['case']}: annotates the classes {list(case['annotated'])}, but the network is to "
+                    f"learn {self.class_ids.tolist()}; give the case a label of these, or set class_ids to the "
+                    "classes of the datalist"
+                )
+
+    def _choose(self, index: int, channels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw the classes to ask for in a slice, as positions (classes_per_image,)."""
+        number, _ = self.places[index]
+        count = self.classes_per_image
+        impossible = self.impossible[number][channels]
+        foreign = choose_impossible(impossible, count=count, share=self.impossible_share, rng=rng)
+        own = choose_prompts(
+            self.present[index][channels],
+            self.askable[number][channels],
+            count=count - len(foreign),
+            absent_share=self.absent_share,
+            rng=rng,
+        )
+        return np.concatenate([own, foreign])
+
+
+def _in_colour(image: torch.Tensor) -> torch.Tensor:
+    """Repeat a grey channel: (1 or 3, S, S) to (3, S, S)."""
+    return image.expand(3, -1, -1).contiguous()
 
 
 def _require_all_slices(case: Mapping[str, Any], drawn: int) -> None:

@@ -78,6 +78,21 @@ class PreparePromptBatch(PrepareBatch):
         return move(seen).to(**kwargs), PromptTargets(*map(move, targets)), (), moved
 
 
+class PrepareLabelBatch(PrepareBatch):
+    """Make the arguments of a network without prompts, and the loss's target, of a batch of `LabelledSlices`."""
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[()], dict[str, Any]]:
+        """Return images, masks `(B, K, S, S)`, no further positional arguments, and the network's keywords."""
+        image, label = (batchdata[name].to(device=device, non_blocking=non_blocking) for name in ("image", "label"))
+        return image.to(**kwargs), label, (), {"known_only": True}
+
+
 def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
     """Find the tight box of each class in each slice.
 

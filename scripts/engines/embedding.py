@@ -30,9 +30,15 @@ def open_store(network: AutoMedSAM, folder: str | Path) -> EmbeddingStore:
         folder: of all stores.
 
     Raises:
-        ConfigError: an encoder that learns, whose embeddings change with every step.
+        ConfigError: an encoder that learns, whose embeddings change with every step, or a network that has no
+            embedding of the image alone.
         OutputError: the folder cannot be made.
     """
+    if not isinstance(network, AutoMedSAM):
+        raise ConfigError(
+            "embeddings can be stored for AutoMedSAM alone: HSP-SAM's abstract prompts take part in the image encoder; "
+            "leave embeddings_dir out"
+        )
     if network.train_image_encoder:
         raise ConfigError("embeddings can be stored of a frozen image encoder alone: train_image_encoder is true")
     key = encoder_key(
@@ -95,12 +101,13 @@ class StoreEmbeddings:
             ConfigError: an encoder that learns, or slices that are augmented anew each time.
             OutputError: too little room on the disk.
         """
+        store = open_store(self.network, self.folder)
         if self.slices.versions < 1:
             raise ConfigError(
                 "stored embeddings need slices with fixed versions; give PromptedSlices versions 1 or more"
             )
         stored = SliceEmbeddings(
-            open_store(self.network, self.folder),
+            store,
             self.slices,
             encode=encoder_of(self.network, device),
             batch_size=self.batch_size,

@@ -17,10 +17,14 @@ from torch.utils.tensorboard import SummaryWriter
 from scripts.data.writing import prepare_output_folder
 from scripts.errors import CheckpointError, ConfigError, TrainingError
 from scripts.files import atomic_path
+from scripts.losses.dice_cross_entropy import DiceCrossEntropyLoss
 from scripts.losses.joint import JointLoss
+from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.checkpoints import DAMAGE, load_weights, save_state_dict
+from scripts.networks.hsp_sam import HSPSAM
 
 logger = logging.getLogger(__name__)
+TrainingLoss = JointLoss | DiceCrossEntropyLoss
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory")  # CUDA's and the CPU allocator's own words
 
 
@@ -78,7 +82,7 @@ class CsvLog:
 
 
 class JointLossHandler:
-    """Let the joint loss's weights learn with the network, and log every part of it.
+    """Let the joint loss's weights learn with the network, and log every part of it; or the parts of a loss without.
 
     The weights become a parameter group of the trainer's optimizer, without weight decay. Each iteration's parts and
     weights go to `losses.csv` and TensorBoard, their epoch means to `engine.state.metrics` under `train_*`. Between
@@ -90,7 +94,7 @@ class JointLossHandler:
         tensorboard: whether to write TensorBoard's event files beside it.
     """
 
-    def __init__(self, loss: JointLoss, *, output_dir: str | Path, tensorboard: bool = True) -> None:
+    def __init__(self, loss: TrainingLoss, *, output_dir: str | Path, tensorboard: bool = True) -> None:
         self.loss = loss
         self.log = CsvLog(Path(output_dir) / "losses.csv", counter="iteration")
         self.tensorboard = tensorboard
@@ -218,7 +222,7 @@ class StopOnNaN:
         loss: whose parts are named in the error.
     """
 
-    def __init__(self, loss: JointLoss) -> None:
+    def __init__(self, loss: TrainingLoss) -> None:
         self.loss = loss
 
     def attach(self, engine: Engine) -> None:
@@ -271,11 +275,11 @@ class AnnounceTraining:
     """Say what learns and what is frozen, and refuse to freeze an image encoder that never learned.
 
     Args:
-        network: an `AutoMedSAM`.
+        network: an `AutoMedSAM` or `HSPSAM`.
         started_from: the file that the weights come from, if any.
     """
 
-    def __init__(self, network: torch.nn.Module, *, started_from: str | Path | None) -> None:
+    def __init__(self, network: AutoMedSAM | HSPSAM, *, started_from: str | Path | None) -> None:
         self.network = network
         self.started_from = started_from
 
@@ -289,8 +293,7 @@ class AnnounceTraining:
         Raises:
             ConfigError: a frozen image encoder without weights.
         """
-        encoder = cast(torch.nn.Module, self.network.image_encoder)
-        learns = any(parameter.requires_grad for parameter in encoder.parameters())
+        learns = self.network.train_image_encoder
         if not learns and not self.started_from:
             raise ConfigError(
                 "the image encoder is frozen, but there are no weights to freeze: give pretrained a file, or let the "
@@ -299,6 +302,8 @@ class AnnounceTraining:
         count = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
         start = Path(self.started_from).name if self.started_from else "random weights"
         state = "learns too" if learns else "is frozen"
+        if not learns and self.network.settings.get("lora_rank"):
+            state += f" but for LoRA of rank {self.network.settings['lora_rank']}"
         logger.info("starting from %s; the image encoder %s; %.2f million parameters learn", start, state, count / 1e6)
 
 
@@ -308,11 +313,14 @@ class LoadWeights:
     Args:
         network: to load into.
         path: a published SAM, MedSAM, LiteMedSAM or MobileSAM file, or a model of this bundle.
+        merge_lora: whether to put an `HSPSAM`'s low-rank updates into its weights, which saves inference their
+            products; a network that goes on to learn must keep them apart.
     """
 
-    def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
+    def __init__(self, network: torch.nn.Module, path: str | Path, *, merge_lora: bool = False) -> None:
         self.network = network
         self.path = path
+        self.merge_lora = merge_lora
 
     def attach(self, engine: Engine) -> None:
         """Run when the engine starts."""
@@ -326,6 +334,8 @@ class LoadWeights:
         """
         load_weights(self.network, self.path)
         logger.info("loaded weights from %s", Path(self.path).name)
+        if self.merge_lora and isinstance(self.network, HSPSAM):
+            self.network.merge_lora()
 
 
 class SaveLast:

@@ -27,13 +27,29 @@ LOGIT_OF_HALF = 0.0  # a voxel belongs to a class whose probability is above one
 
 
 class LogitsToMasksd(MapTransform):
-    """Turn logits (K, H, W, D) into one mask a class, overlaps kept: probability above 0.5."""
+    """Turn logits (K, H, W, D) into one mask a class.
+
+    Args:
+        keys: of the logits.
+        exclusive: False for classes by themselves, each where its probability is above 0.5, overlaps kept. True for
+            classes that exclude one another, with logits relative to the background's: each where it is more probable
+            than the background and all others.
+    """
+
+    def __init__(self, keys: KeysCollection = "pred", *, exclusive: bool = False) -> None:
+        super().__init__(keys)
+        self.exclusive = exclusive
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give a copy of `data` with bool masks of the same shape."""
         result = dict(data)
         for key in self.key_iterator(result):
-            result[key] = convert_to_tensor(result[key], track_meta=False) > LOGIT_OF_HALF
+            logits = convert_to_tensor(result[key], track_meta=False)
+            masks = logits > LOGIT_OF_HALF
+            if self.exclusive:
+                winner = logits.argmax(dim=0, keepdim=True)  # the first of equals, as in the label map
+                masks = masks & (winner == torch.arange(len(logits), device=logits.device).reshape(-1, 1, 1, 1))
+            result[key] = masks
         return result
 
 
@@ -139,12 +155,21 @@ class SaveImageSegmentationd(Transform):
         output_dir: where the files go.
         probability_maps: whether to write each class's probabilities too, of the logits under `logits`; overlapping
             classes stay apart there. Their uncertainty is written wherever there is one, under `uncertainty`.
+        exclusive: whether the classes exclude one another, see `LogitsToMasksd`.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, output_dir: str | Path, probability_maps: bool = False) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        output_dir: str | Path,
+        probability_maps: bool = False,
+        exclusive: bool = False,
+    ) -> None:
         self.vocabulary = vocabulary
         self.output_dir = output_dir
         self.probability_maps = probability_maps
+        self.exclusive = exclusive
         self.written: dict[int, ClassEntry] = {}  # the names beside the maps must hold for all cases of the folder
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -165,7 +190,8 @@ class SaveImageSegmentationd(Transform):
         path = write_label_map(convert_to_numpy(data["pred"])[0].astype(np.uint8), **place)
         names = [entry.name for entry in classes]
         if self.probability_maps:
-            write_class_maps(probabilities(data["logits"]), kind="prob", class_names=names, **place)
+            shares = probabilities(data["logits"], exclusive=self.exclusive)
+            write_class_maps(shares, kind="prob", class_names=names, **place)
         if "uncertainty" in data:
             spreads = (convert_to_numpy(spread.float()) for spread in data["uncertainty"])
             write_class_maps(spreads, kind="uncertainty", class_names=names, **place)
@@ -176,7 +202,23 @@ class SaveImageSegmentationd(Transform):
         return dict(data)
 
 
-def probabilities(logits: torch.Tensor) -> Iterator[np.ndarray]:
-    """Give each class's probabilities (H, W, D) of logits (K, H, W, D), one class at a time, in single precision."""
+def probabilities(logits: torch.Tensor, *, exclusive: bool = False) -> Iterator[np.ndarray]:
+    """Give each class's probabilities (H, W, D) of logits (K, H, W, D), one class at a time, in single precision.
+
+    Args:
+        logits: of the classes, by themselves or relative to the background's.
+        exclusive: whether the classes exclude one another, so that with the background they add up to 1.
+    """
+    plain = convert_to_tensor(logits, track_meta=False)
+    total = _log_of_total(plain) if exclusive else None
+    for of_class in plain:
+        values = of_class.float()
+        yield convert_to_numpy(torch.sigmoid(values) if total is None else (values - total).exp())
+
+
+def _log_of_total(logits: torch.Tensor) -> torch.Tensor:
+    """Add up what logits (K, H, W, D) and the background's 0 stand for, class by class: its logarithm (H, W, D)."""
+    total = torch.zeros_like(logits[0], dtype=torch.float32)
     for of_class in logits:
-        yield convert_to_numpy(torch.sigmoid(convert_to_tensor(of_class, track_meta=False).float()))
+        total = torch.logaddexp(total, of_class.float())
+    return total

@@ -141,9 +141,7 @@ class ReportQuality:
         _write_table(rows, folder / "quality.csv")
         together = _merged(list(cases.values()))
         _write_json(_calibration(rows, together.voxels), folder / "calibration.json")
-        if together.spread is None:
-            (folder / "uncertainty.json").unlink(missing_ok=True)  # of an earlier evaluation, with samples
-        else:
+        if together.spread is not None:
             _write_json({"bins": _error_rows(together.spread)}, folder / "uncertainty.json")
 
     def _judge(self, case: Mapping[str, Any], output: Mapping[str, Any]) -> CaseQuality:

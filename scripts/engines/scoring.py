@@ -17,13 +17,18 @@ from monai.utils import convert_to_numpy
 from scripts.data.vocabulary import Vocabulary
 from scripts.data.writing import prepare_output_folder
 from scripts.engines.processes import gathered
+from scripts.metrics.pooling import POOLED_BATCH, check_pooled_batch
 from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, score_case, without_names
 from scripts.metrics.statistics import RESAMPLES
 from scripts.metrics.summaries import Summary, summarise_units
+from scripts.report.error_pictures import PICTURES_FOLDER
 from scripts.report.run_record import write_run_record
 from scripts.report.tables import check_averaging, render_tables, write_scores_csv, write_summary_json
 
 logger = logging.getLogger(__name__)
+
+QUALITY_FILES = ("quality.csv", "calibration.json", "uncertainty.json")
+"""What an evaluation leaves that judges its masks without the truth, see `scripts.engines.quality`."""
 
 
 class CaseScores(Metric):
@@ -36,6 +41,7 @@ class CaseScores(Metric):
         vocabulary: their names.
         protocol: which questions were asked, `all` or `oracle`.
         tolerance: of NSD, in mm for volumes and in pixels for planar cases.
+        pooled_batch: cases in a batch of the batch-pooled DSC and IoU.
 
     Attributes:
         scores: one for each case and annotated class.
@@ -48,13 +54,16 @@ class CaseScores(Metric):
         vocabulary: Vocabulary,
         protocol: str = "all",
         tolerance: float = DEFAULT_TOLERANCE,
+        pooled_batch: int = POOLED_BATCH,
     ) -> None:
+        check_pooled_batch(pooled_batch)
         self.class_ids = sorted(class_ids)
         entries = [vocabulary.entry(class_id) for class_id in self.class_ids]
         self.class_names = [entry.name for entry in entries]
         self.partners = [entry.partner for entry in entries]
         self.protocol = protocol
         self.tolerance = tolerance
+        self.pooled_batch = pooled_batch
         self.scores: list[ClassScore] = []
         super().__init__(skip_unrolling=True)
 
@@ -101,7 +110,7 @@ class CaseScores(Metric):
         Args:
             resamples: draws of the intervals, seconds for a thousand cases; 0 leaves them out.
         """
-        return summarise_units(self.scores, protocol=self.protocol, resamples=resamples)
+        return summarise_units(self.scores, protocol=self.protocol, resamples=resamples, pooled_batch=self.pooled_batch)
 
     def _score(self, case: Mapping[str, Any]) -> list[ClassScore]:
         """Score one case, in the classes that its annotation tells about."""
@@ -127,7 +136,7 @@ class ReportScores:
     Args:
         scores: the metric that has the cases.
         output_dir: where the files go.
-        averaging: of the DSC in the tables, `case`, `slice` or `dataset`; `summary.json` has all three.
+        averaging: of the DSC in the tables, `case`, `slice`, `dataset` or `batch-pooled`; `summary.json` has all.
     """
 
     def __init__(self, scores: CaseScores, *, output_dir: str | Path, averaging: str = "case") -> None:
@@ -149,6 +158,31 @@ class ReportScores:
         summaries = self.scores.summaries()
         write_summary_json(summaries, self.output_dir / "summary.json")
         logger.info("\n%s", render_tables(summaries, averaging=self.averaging))
+
+
+class ForgetEarlierRun:
+    """Take away what an earlier evaluation left in the same folder and not every one writes: pictures and quality.
+
+    They would pass for this evaluation's. All else takes the place of what was there when the evaluation ends. List it
+    before what writes them, and after what may fail at the start.
+
+    Args:
+        output_dir: folder of the evaluation.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.folder = Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Run at the start."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Remove the files, before any process can have written one."""
+        if idist.get_rank() == 0:
+            for old in (*map(self.folder.joinpath, QUALITY_FILES), *(self.folder / PICTURES_FOLDER).glob("*__*.png")):
+                old.unlink(missing_ok=True)
+        idist.barrier()
 
 
 class RecordRun:

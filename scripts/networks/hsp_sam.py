@@ -5,10 +5,12 @@
     image ──▶ image encoder (frozen, LoRA) ──▶ levels ──▶ necks ──▶ hierarchical decoder ──▶ logits
                      ▲ in the attention of each level                     ▲ of each level
     abstract prompts ┴──────────────────────────────────▶ mapping ────────┘
+
+To compare with, positions predicted from each level can stand in the place of abstract prompts.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -23,10 +25,11 @@ from scripts.networks.image_encoders import build_image_encoder
 from scripts.networks.image_encoders.levels import Level, LevelEncoder, PromptAnswer
 from scripts.networks.lora import add_low_rank_updates, merge_low_rank_updates, published_state
 from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder
+from scripts.networks.positional_prompts import PositionHead, Positions, embed_positions
 
 logger = logging.getLogger(__name__)
 
-PromptSource = Literal["static", "token_output"]
+PromptSource = Literal["static", "token_output", "positional"]
 PixelNormalisation = Literal["unit", "sam"]
 
 MOST_PROMPTS = 16  # the largest number of the authors' sweep
@@ -35,16 +38,18 @@ SAM_VIT_SIZE = 512  # pixels
 
 
 class Explanation(NamedTuple):
-    """Masks, and where the abstract prompts of each level look.
+    """Masks, and where the abstract prompts of each level look or its positional ones lie.
 
     Attributes:
         logits: `(B, K, S, S)`, the classes in the order of `class_ids`.
         attention: level, 0 for the shallowest -> `(B, N, h, w)`, the share of each image token in the attention of each
             abstract prompt, averaged over the heads; each map adds up to 1.
+        positions: decoded level -> its box and points, of a network with positional prompts.
     """
 
     logits: torch.Tensor
     attention: dict[int, torch.Tensor]
+    positions: dict[int, Positions]
 
 
 class HSPSAM(nn.Module):
@@ -56,13 +61,15 @@ class HSPSAM(nn.Module):
             levels of convolutions get an attention of their own behind them.
         image_size: side S of the square input in pixels; None means 512 for SAM's ViTs, else the published size.
         class_ids: the K classes; channel k of the answer is class k.
-        prompts: N, abstract prompts of each level, from 0 to 16.
+        prompts: N, abstract prompts of each level, from 0 to 16; of positional ones the points beside each box.
         lora_rank: of the updates to query and value in every attention of the image encoder; 0 for none. Updates are
             left out, and the log says so, where the encoder learns wholly or has no attention.
         train_image_encoder: whether the image encoder learns wholly. Without pretrained weights there is nothing to
             freeze.
         prompt_source: what the decoder's tokens are made of: `static` the learned prompts themselves, `token_output`
-            what the encoder's attention gives for them, which depends on the image.
+            what the encoder's attention gives for them, which depends on the image; `positional` a box and N points
+            that the network predicts from each decoded level, through SAM's prompt encoder, see `PositionHead`. No
+            prompts join the encoder's attention then.
         fusion: what a level behind the deepest tells the decoder: `feature_skip` its features, `mask_prompt` a dense
             prompt made of its own coarse masks; `none` decodes the deepest level alone.
         deep_residual: whether the deepest level's features are added again at each further level.
@@ -149,11 +156,12 @@ class HSPSAM(nn.Module):
         self.prompt_encoder.eval()
         return self
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, known_only: bool = False) -> torch.Tensor:
         """Segment images.
 
         Args:
             image: `(B, 3, S, S)` with values in [0, 1].
+            known_only: whether to give the known classes alone, see `class_logits`.
 
         Returns:
             Logits `(B, 1 + largest id, S, S)`: channel 0 is the background at logit 0, channel k is class k, and a
@@ -162,7 +170,8 @@ class HSPSAM(nn.Module):
         Raises:
             InputError: an image of another shape or type.
         """
-        return self._by_class_id(self.class_logits(image))
+        logits = self.class_logits(image)
+        return logits if known_only else self._by_class_id(logits)
 
     def class_logits(self, image: torch.Tensor) -> torch.Tensor:
         """Segment images `(B, 3, S, S)` with values in [0, 1].
@@ -173,10 +182,10 @@ class HSPSAM(nn.Module):
         Raises:
             InputError: an image of another shape or type.
         """
-        return self._decode(self.encode_levels(image))
+        return self._decode(self.encode_levels(image))[0]
 
     def explain(self, image: torch.Tensor) -> Explanation:
-        """Segment images `(B, 3, S, S)` with values in [0, 1], and show where the abstract prompts look.
+        """Segment images `(B, 3, S, S)` with values in [0, 1], and show where the prompts look or lie.
 
         Raises:
             InputError: an image of another shape or type.
@@ -184,7 +193,8 @@ class HSPSAM(nn.Module):
         levels = self.encode_levels(image, ask=True)
         answers = {index: level.answer for index, level in enumerate(levels)}
         attention = {index: answer.attention for index, answer in answers.items() if answer is not None}
-        return Explanation(self._decode(levels), attention)
+        logits, positions = self._decode(levels)
+        return Explanation(logits, attention, positions)
 
     def encode_levels(self, image: torch.Tensor, *, ask: bool = False) -> list[Level]:
         """Give the encoder's levels of images `(B, 3, S, S)` with values in [0, 1], the shallowest first.
@@ -202,7 +212,7 @@ class HSPSAM(nn.Module):
         self._require_image(image)
         if self.pixel_normalisation == "sam":
             image = (image - self.pixel_mean) / self.pixel_std
-        ask = ask or self.prompt_source == "token_output"
+        ask = (ask or self.prompt_source == "token_output") and len(self.abstract_prompts) > 0
         encoder = self._levels_of_encoder()
         prompts = [self._prompts_of(index, image) for index in range(len(encoder.level_channels))]
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -261,14 +271,15 @@ class HSPSAM(nn.Module):
         return rank
 
     def _build_prompts(self, prompts: int, fusion: Fusion) -> None:
-        """Build each level's abstract prompts and its way to the decoder, as far as something takes them."""
+        """Build each level's prompts and its way to the decoder, as far as something takes them."""
         encoder = self._levels_of_encoder()
         channels = encoder.level_channels
         last = len(channels) - 1
         self.decoded_levels = (last,) if fusion == "none" else tuple(range(len(channels)))
+        abstract = 0 if self.prompt_source == "positional" else prompts
         taken = {*self.decoded_levels, *(index for index, attends in enumerate(encoder.level_attends) if attends)}
         self.abstract_prompts = nn.ParameterDict(
-            {str(index): torch.empty(prompts, channels[index]) for index in sorted(taken) if prompts}
+            {str(index): torch.empty(abstract, channels[index]) for index in sorted(taken) if abstract}
         )
         for parameter in self.abstract_prompts.values():
             nn.init.normal_(parameter, std=PROMPT_DEVIATION)
@@ -280,8 +291,10 @@ class HSPSAM(nn.Module):
             }
         )
         self.mappings = nn.ModuleDict(
-            {str(index): PromptMapping(channels[index], prompts) for index in self.decoded_levels if prompts}
+            {str(index): PromptMapping(channels[index], abstract) for index in self.decoded_levels if abstract}
         )
+        positional = self.decoded_levels if self.prompt_source == "positional" else ()
+        self.position_heads = nn.ModuleDict({str(index): PositionHead(prompts) for index in positional})
         # The last level has the encoder's own neck, which was trained with it.
         self.necks = nn.ModuleDict({str(index): level_neck(channels[index]) for index in self.decoded_levels[:-1]})
 
@@ -296,13 +309,14 @@ class HSPSAM(nn.Module):
             return self.abstract_prompts[key]
         return like.new_zeros((0, self._levels_of_encoder().level_channels[level]))
 
-    def _decode(self, levels: Sequence[Level]) -> torch.Tensor:
-        """Decode levels to logits `(B, K, S, S)` relative to the background's."""
-        features = [self._neck(index)(self._on_grid(levels[index])) for index in self.decoded_levels]
-        prompts = [self._tokens(index, levels[index]) for index in self.decoded_levels]
+    def _decode(self, levels: Sequence[Level]) -> tuple[torch.Tensor, dict[int, Positions]]:
+        """Decode levels to logits `(B, K, S, S)` relative to the background's; give positional prompts beside them."""
+        features = {index: self._neck(index)(self._on_grid(levels[index])) for index in self.decoded_levels}
+        positions = {int(key): head(features[int(key)]) for key, head in self.position_heads.items()}
+        prompts = [self._tokens(index, levels[index], positions) for index in self.decoded_levels]
         no_mask = self.prompt_encoder.no_mask_embed.weight.unsqueeze(-1).unsqueeze(-1)  # (1, 256, 1, 1)
-        masks = self.decoder(features, prompts, self.prompt_encoder.get_dense_pe(), no_mask)
-        return masks[:, 1:] - masks[:, :1]
+        masks = self.decoder(list(features.values()), prompts, self.prompt_encoder.get_dense_pe(), no_mask)
+        return masks[:, 1:] - masks[:, :1], positions
 
     def _neck(self, level: int) -> nn.Module:
         """Give a level's way to the decoder."""
@@ -312,8 +326,10 @@ class HSPSAM(nn.Module):
         """Give a level's features on the embedding's grid, `(B, E, h, w)`, as the decoder's convolutions take them."""
         return _pooled(level.features, self.grid_size).contiguous(memory_format=torch.channels_last)
 
-    def _tokens(self, level: int, answered: Level) -> torch.Tensor:
-        """Give the decoder's tokens for a level's abstract prompts, `(B, N, 256)`."""
+    def _tokens(self, level: int, answered: Level, positions: Mapping[int, Positions]) -> torch.Tensor:
+        """Give the decoder's tokens for a level's prompts: `(B, N, 256)`, or `(B, N + 2, 256)` of a box and points."""
+        if level in positions:
+            return embed_positions(positions[level], self.prompt_encoder)
         count = answered.features.shape[0]
         if str(level) not in self.mappings:
             return answered.features.new_zeros((count, 0, self.prompt_encoder.embed_dim))
@@ -356,7 +372,7 @@ def _require_classes(class_ids: Sequence[int]) -> None:
 def _require_number_of_prompts(prompts: int) -> None:
     """Refuse more prompts than the authors tried, or less than none."""
     if not 0 <= prompts <= MOST_PROMPTS:
-        raise ConfigError(f"prompts, the abstract prompts of a level, are from 0 to {MOST_PROMPTS}, not {prompts}")
+        raise ConfigError(f"prompts, those of each level, are from 0 to {MOST_PROMPTS}, not {prompts}")
 
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:

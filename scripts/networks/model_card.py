@@ -9,22 +9,26 @@ from typing import Any
 from scripts.errors import CheckpointError
 from scripts.files import atomic_path
 
+ARCHITECTURES = ("automedsam", "hsp_sam")
+
 
 @dataclass(frozen=True)
 class ModelCard:
     """What must be known to use a weights file.
 
     Attributes:
-        network: arguments of `AutoMedSAM`, so that the weights fit.
+        network: arguments of `AutoMedSAM` or `HSPSAM`, so that the weights fit.
         preprocessing: settings of the images' preparation, so that they look as in training: `window`, in HU.
         trained: modality -> names of the classes learned in it.
         training: how the weights came about: data set, epochs, seed, validation score.
+        architecture: which of the two networks, one of `ARCHITECTURES`; a card that does not say so is AutoMedSAM's.
     """
 
     network: dict[str, Any]
     preprocessing: dict[str, Any]
     trained: dict[str, list[str]]
     training: dict[str, Any] = field(default_factory=dict)
+    architecture: str = "automedsam"
 
     @classmethod
     def beside(cls, weights: str | Path) -> "ModelCard":
@@ -46,7 +50,13 @@ class ModelCard:
             raise CheckpointError(f"{path.name} cannot be read as a model card: {error}; copy it again") from error
         if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in parts):
             raise CheckpointError(f"{path.name} is no model card: it must hold the objects {', '.join(parts)}")
-        return cls(**{name: content[name] for name in parts})
+        architecture = content.get("architecture", cls.architecture)
+        if architecture not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{path.name} is of the network {architecture!r}, and this version knows {' and '.join(ARCHITECTURES)}: "
+                "use the version of the bundle that wrote it"
+            )
+        return cls(**{name: content[name] for name in parts}, architecture=architecture)
 
     def write(self, path: Path, scores: Mapping[str, float] | None = None) -> None:
         """Write the card, with the scores that chose the weights."""

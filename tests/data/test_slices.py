@@ -11,6 +11,7 @@ from monai.transforms import Compose, Lambda, Lambdad, RandAffined, RandGaussian
 
 from scripts.data.fitting import network_slices
 from scripts.data.slices import (
+    LabelledSlices,
     PromptedSlices,
     SlicesToSquared,
     choose_impossible,
@@ -472,7 +473,7 @@ def test_the_share_of_impossible_classes_is_a_share(vocabulary):
 
 @pytest.mark.parametrize("settings", [{"impossible_share": 0.1}, {"orientations": {"MR": "mirror"}}])
 def test_what_needs_the_vocabulary_asks_for_it(settings):
-    with pytest.raises(ConfigError, match="impossible_share and orientations need the vocabulary"):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} needs? the vocabulary"):
         samples(**settings)
 
 
@@ -736,3 +737,56 @@ def test_each_slice_knows_its_data_set():
     cases = [prepared("a", depth=2) | {"set": "x"}, prepared("b", depth=1) | {"set": "y"}]
     assert samples(*cases).sets == ["x", "x", "y"]
     assert samples(prepared("a", depth=2)).sets == ["", ""]
+
+
+# All classes of a slice
+
+
+def labelled(*cases, **settings):
+    return LabelledSlices(list(cases) or [prepared("a")], Compose([]), class_ids=CLASS_IDS, **settings)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_labelled_sample_is_an_image_and_all_masks(channels):
+    case = prepared("a", channels=channels)
+    dataset = labelled(case)
+    assert len(dataset) == 4
+    for place in range(4):
+        sample = dataset[place]
+        assert sorted(sample) == ["image", "label"]
+        assert torch.equal(sample["image"], (case["image"][place].float() / 255).expand(3, -1, -1))
+        assert torch.equal(sample["label"], case["label"][place].float())
+    assert torch.equal(torch.as_tensor(dataset.present), case["label"].bool().flatten(2).any(dim=2))
+
+
+def test_labelled_samples_depend_on_seed_epoch_and_index_alone():
+    dataset = labelled(augmentation=random_augmentation())
+    first = dataset[3]
+    dataset.set_epoch(1)
+    second = dataset[3]
+    assert not torch.equal(first["image"], second["image"])
+    dataset.set_epoch(0)
+    assert_same(dataset[3], first)
+    assert not torch.equal(labelled(augmentation=random_augmentation(), seed=1)[3]["image"], first["image"])
+
+
+def test_a_mirrored_labelled_image_exchanges_its_partners(vocabulary):
+    ids = [LIVER, LEFT_KIDNEY, RIGHT_KIDNEY]
+    case = picture(
+        "a", modality="MR", class_ids=ids, annotated=ids, layers={LEFT_KIDNEY: ((1, 3), (0, 2))}, content=(6, 8)
+    )
+    settings = {"class_ids": ids, "vocabulary": vocabulary, "orientations": {"MR": "mirror"}}
+    dataset = LabelledSlices([case], Compose([]), **settings)
+    seen = set()
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        where = dataset[0]["label"].nonzero().tolist()
+        (channel,) = {position[0] for position in where}
+        columns = {position[2] for position in where}
+        seen.add((ids[channel], *sorted(columns)))
+    assert seen == {(LEFT_KIDNEY, 0, 1), (RIGHT_KIDNEY, 6, 7)}
+
+
+def test_each_case_must_tell_about_all_classes():
+    with pytest.raises(InputError, match=r"case half: annotates the classes \[2, 5\], but the network learns"):
+        labelled(prepared("a"), prepared("half", annotated=[2, 5]))

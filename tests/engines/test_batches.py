@@ -6,6 +6,7 @@ from monai.data import MetaTensor
 
 from scripts.engines.batches import (
     PrepareCase,
+    PrepareLabelBatch,
     PreparePromptBatch,
     diffusion_noise,
     diffusion_timesteps,
@@ -13,6 +14,7 @@ from scripts.engines.batches import (
 )
 from scripts.errors import ConfigError
 from scripts.losses.joint import PromptTargets
+from scripts.networks.hsp_sam import HSPSAM
 from scripts.networks.prompts import MaskPrediction
 
 SEEDS = torch.tensor([5, 17, 5])
@@ -154,3 +156,14 @@ def test_a_case_is_a_batch_of_one():
     assert only_case([case]) is case
     with pytest.raises(ValueError, match="too many values"):
         only_case([case, case])
+
+
+def test_a_batch_of_labels_goes_to_a_network_without_prompts(generator):
+    batch = {"image": torch.rand((2, 3, 32, 32), generator=generator), "label": torch.ones((2, 2, 32, 32))}
+    image, masks, positional, arguments = PrepareLabelBatch()(batch)
+    assert torch.equal(image, batch["image"])
+    assert torch.equal(masks, batch["label"])
+    network = HSPSAM(image_encoder="compact", image_size=32, class_ids=[3, 9], train_image_encoder=True)
+    assert network(image, *positional, **arguments).shape == masks.shape
+    image, masks, *_ = PrepareLabelBatch()(batch, "meta", dtype=torch.float16)
+    assert (image.device.type, image.dtype, masks.device.type) == ("meta", torch.float16, "meta")

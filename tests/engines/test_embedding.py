@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
-from torch import nn
 
 from scripts.engines.embedding import StoreEmbeddings, open_store
 from scripts.errors import ConfigError
@@ -113,10 +112,10 @@ def test_an_encoder_that_learns_is_refused(tmp_path):
         open_store(AutoMedSAM(**NETWORK, train_image_encoder=True), tmp_path)
 
 
-def test_slices_that_change_each_time_are_refused(tmp_path):
+def test_slices_that_change_each_time_are_refused(build_network, tmp_path):
     class Slices:
         versions = 0
 
-    handler = StoreEmbeddings(Slices(), nn.Identity(), folder=tmp_path, progress=False)
+    handler = StoreEmbeddings(Slices(), build_network(), folder=tmp_path, progress=False)
     with pytest.raises(ConfigError, match="versions"):
         handler.fill(torch.device("cpu"))

@@ -337,3 +337,27 @@ def test_a_place_that_is_no_folder_is_refused(vocabulary, picture_case, tmp_path
     place.write_text("in the way")
     with pytest.raises(OutputError, match="to be a folder"):
         transform(vocabulary, output_dir=place)(picture_case)
+
+
+# Classes that exclude one another
+
+
+def test_exclusive_masks_are_those_of_the_label_map():
+    #                        none   one   other  both  equal  border
+    logits = torch.tensor([[-0.1, 0.5, -3.0, 2.0, 1.0, 0.0], [-2.0, -9.0, 0.2, 1.0, 1.0, -1.0]])
+    data = {"pred": logits.reshape(2, 1, 6, 1), "class_ids": [4, 10]}
+    masks = LogitsToMasksd("pred", exclusive=True)(data)["pred"]
+    assert masks.flatten(1).tolist() == [
+        [False, True, False, True, True, False],
+        [False, False, True, False, False, False],
+    ]
+    labels = LogitsToLabelMapd()(data)["pred"]
+    assert torch.equal((masks * torch.tensor([4, 10]).reshape(2, 1, 1, 1)).sum(dim=0), labels[0])
+
+
+def test_exclusive_probabilities_are_a_softmax_with_the_background(generator):
+    logits = torch.randn((3, 4, 5, 2), generator=generator)
+    expected = torch.cat((torch.zeros(1, 4, 5, 2), logits)).softmax(dim=0)[1:]
+    found = np.stack(list(probabilities(logits.half(), exclusive=True)))
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-3)
+    assert found.dtype == np.float32

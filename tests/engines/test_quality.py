@@ -196,9 +196,7 @@ def test_uncertainty_stands_beside_the_errors(evaluate, tmp_path):
     assert wrong == pytest.approx(wrong_voxels(scores), abs=1e-6)
 
 
-def test_an_evaluation_without_samples_leaves_no_uncertainty_of_an_earlier_one(evaluate, tmp_path):
-    evaluate(samples=2)
-    assert (tmp_path / "uncertainty.json").is_file()
+def test_a_single_sample_has_no_uncertainty(evaluate, tmp_path):
     evaluate()
     assert not (tmp_path / "uncertainty.json").exists()
 
@@ -266,7 +264,6 @@ def test_the_configs_hand_the_quality_through(bundle_root, tiny_phantoms, weight
             image_size=32,
             channels=[8, 16, 32],
             diffusion_steps=1,
-            samples=2,
             noise_seed=0,
             progress_bar=False,
             device="$torch.device('cpu')",
@@ -276,11 +273,15 @@ def test_the_configs_hand_the_quality_through(bundle_root, tiny_phantoms, weight
         workflow.run()
         workflow.finalize()
 
-    run("train.json", "evaluate.json", datalist=str(tiny_phantoms), dataset_dir=str(tiny_phantoms.parent))
+    data = {"datalist": str(tiny_phantoms), "dataset_dir": str(tiny_phantoms.parent), "tensorboard": False}
+    run("train.json", "evaluate.json", samples=2, **data)
     with open(tmp_path / "quality.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 2 * 5
     assert (tmp_path / "uncertainty.json").is_file()
-    run("inference.json", dataset_dir=str(tiny_phantoms.parent / "images"), modality="CT", quality=True)
+    run("train.json", "evaluate.json", samples=1, quality=False, error_pictures=False, **data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "pictures", "run.json", "summary.json"]
+    assert list((tmp_path / "pictures").iterdir()) == []
+    run("inference.json", dataset_dir=str(tiny_phantoms.parent / "images"), modality="CT", quality=True, samples=2)
     (first, *_) = sorted(tmp_path.glob("*_quality.json"))
     found = json.loads(first.read_text())["classes"]
     assert list(found) == ["liver", "spleen", "pancreas", "left kidney", "right kidney"]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from scripts.engines.batches import PrepareCase, only_case
 from scripts.engines.evaluators import FAILURE, CaseEvaluator
-from scripts.engines.scoring import CaseScores, RecordRun, ReportScores
+from scripts.engines.scoring import QUALITY_FILES, CaseScores, ForgetEarlierRun, RecordRun, ReportScores
 from scripts.errors import ConfigError, InputError
 from scripts.metrics.scores import score_case
 from scripts.metrics.summaries import summarise
@@ -193,6 +193,31 @@ def test_an_unknown_averaging_is_refused_before_the_work(vocabulary, tmp_path):
         ReportScores(CaseScores(class_ids=[1], vocabulary=vocabulary), output_dir=tmp_path, averaging="none")
 
 
+def test_batches_are_pooled_as_many_cases_as_is_set(make_case, vocabulary, tmp_path, caplog):
+    cases = [make_case(name) for name in "abc"]
+    cases[1]["label"][0, :, 8:] = 1
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary, pooled_batch=2)
+    with caplog.at_level(logging.INFO, "scripts.engines.scoring"):
+        evaluator_of(cases, scores, ReportScores(scores, output_dir=tmp_path, averaging="batch-pooled")).run()
+    content = json.loads((tmp_path / "summary.json").read_text())["units"]["mm"]
+    masks = [(predicted(case)[0].numpy(), case["label"][0].numpy() > 0) for case in cases]
+    first, second = (np.concatenate([mask[side].ravel() for mask in masks[:2]]) for side in range(2))
+    alone = scores.scores[-2]
+    assert (alone.case, alone.class_name) == ("c", "liver")
+    iou = np.count_nonzero(first & second) / np.count_nonzero(first | second)
+    assert content["pooled_batch"] == 2
+    assert content["classes"]["liver"]["batch-pooled"]["iou"] == pytest.approx((2 * iou + alone.iou) / 3)
+    assert content["classes"]["liver"]["batch-pooled"]["iou"] != pytest.approx(content["classes"]["liver"]["iou"])
+    assert "Averaging batch-pooled: DSC and IoU over all voxels of a batch as one mask (batch of 2:" in " ".join(
+        caplog.text.split()
+    )
+
+
+def test_a_batch_of_no_case_is_refused_before_the_work(vocabulary):
+    with pytest.raises(ConfigError, match="pooled_batch"):
+        CaseScores(class_ids=[1], vocabulary=vocabulary, pooled_batch=0)
+
+
 def test_patient_and_sides_come_from_datalist_and_vocabulary(make_case, vocabulary):
     case = make_case(classes=5, annotated=(1, 4, 5))
     case["patient"] = "p7"
@@ -222,6 +247,30 @@ def test_the_run_is_recorded(make_case, vocabulary, tmp_path):
     assert content["failed"] == {"bad": "unreadable"}
     assert content["files"]["checkpoint"]["sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert 0 < content["seconds"] < 60
+
+
+def test_pictures_and_quality_of_an_earlier_evaluation_go_and_other_files_stay(make_case, vocabulary, tmp_path):
+    mine = ["notes.txt", "quality.json", "metrics.csv", "pictures/mine.png"]
+    (tmp_path / "pictures").mkdir()
+    for name in (*mine, *QUALITY_FILES, "pictures/old__liver.png"):
+        (tmp_path / name).touch()
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    evaluator_of([make_case("a")], scores, ForgetEarlierRun(tmp_path)).run()
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(mine)
+
+
+def test_a_folder_that_is_not_there_has_nothing_to_forget(make_case, vocabulary, tmp_path):
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    evaluator_of([make_case("a")], scores, ForgetEarlierRun(tmp_path / "new")).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_leaves_the_files_to_the_first(make_case, vocabulary, tmp_path, monkeypatch):
+    (tmp_path / "quality.csv").touch()
+    scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    evaluator_of([make_case("a")], scores, ForgetEarlierRun(tmp_path)).run()
+    assert (tmp_path / "quality.csv").is_file()
 
 
 def test_nothing_to_score_is_said(vocabulary, tmp_path):
