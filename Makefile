@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/whole_slice.py
 	$(BIN)/python benchmarks/inferring.py
 	$(BIN)/python benchmarks/encoding_once.py
+	$(BIN)/python benchmarks/hsp_sam.py
 	$(BIN)/pip install --quiet surface-distance
 	$(BIN)/python benchmarks/surface_metrics.py
 	$(BIN)/python benchmarks/gpu.py

@@ -104,6 +104,27 @@ def _processor() -> str:
 
 
 @dataclass(frozen=True)
+class Overhead:
+    """How much longer the second of two variants takes.
+
+    Attributes:
+        overhead_percent: median of the rounds' overheads, in percent of the first variant's time.
+        low: smallest overhead of a round.
+        high: largest overhead of a round.
+        runs: number of rounds.
+        base_seconds: median time of the first variant.
+        seconds: median time of the second.
+    """
+
+    overhead_percent: float
+    low: float
+    high: float
+    runs: int
+    base_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How many times faster the second of two variants is.
 
@@ -156,6 +177,19 @@ def comparison(slow: Sequence[float], fast: Sequence[float]) -> Comparison:
         runs=len(ratios),
         slow_seconds=round(statistics.median(slow), 4),
         fast_seconds=round(statistics.median(fast), 4),
+    )
+
+
+def overhead(base: Sequence[float], longer: Sequence[float]) -> Overhead:
+    """Say how much longer a variant takes than another, by their seconds in the same rounds."""
+    percents = [100 * (second / first - 1) for first, second in zip(base, longer, strict=True)]
+    return Overhead(
+        overhead_percent=round(statistics.median(percents), 1),
+        low=round(min(percents), 1),
+        high=round(max(percents), 1),
+        runs=len(percents),
+        base_seconds=round(statistics.median(base), 4),
+        seconds=round(statistics.median(longer), 4),
     )
 
 

@@ -21,7 +21,6 @@ the rounds' ratios, with the smallest and the largest in brackets; times are med
 which builds and runs the variant alone, libraries included. Where two figures stand with an arrow between them, the
 first is what was compared with.
 """
-COLUMNS = ("what", "against", "times as fast", "asked for", "seconds", "peak MB")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Section:
         rows: name of each result that belongs here -> what was measured, and against what; more may be found.
         missing: what stands in place of rows that were not measured.
         against: what the rows that are found besides are compared with.
+        figure: what the comparison of a row says.
     """
 
     title: str
@@ -43,6 +43,7 @@ class Section:
     rows: Mapping[str, tuple[str, str]]
     missing: str = "not measured yet"
     against: str = "-"
+    figure: str = "times as fast"
 
 
 EAGER = "LiteMedSAM's eager form"
@@ -90,6 +91,20 @@ SECTIONS = (
             "training_from_store_sam_vit_b_512": ("epoch from the store, ViT-B, 512 px", "encoding in every step"),
             "training_from_store_lite_medsam_256": ("epoch from the store, TinyViT, 256 px", "encoding in every step"),
         },
+    ),
+    Section(
+        "HSP-SAM",
+        "SAM's ViT-B at 512 pixels in single precision. The overhead is how much longer a pass or a step takes than "
+        "what it is compared with, the median of the rounds' overheads.",
+        ("hsp_sam_",),
+        {
+            "hsp_sam_forward_sam_vit_b_512": ("one image through the network, LoRA merged", "the bare image encoder"),
+            "hsp_sam_training_memory_sam_vit_b_512": (
+                "a step of training, batch size 4, gradient checkpointing",
+                "no checkpointing",
+            ),
+        },
+        figure="overhead",
     ),
     Section(
         "Preparing data sets",
@@ -158,7 +173,8 @@ def _section(section: Section, results: Mapping[str, Result]) -> str:
     described = {name: section.rows.get(name) or (_words(name, section), section.against) for name in names}
     table = [_row(*described[name], results.get(name), section.missing) for name in names]
     remarks = _grouped({described[name][0]: _remarks(results[name]) for name in names if name in results})
-    return "\n".join([*lines, *_table(COLUMNS, table), "", *remarks, *([""] if remarks else [])])
+    columns = ("what", "against", section.figure, "asked for", "seconds", "peak MB")
+    return "\n".join([*lines, *_table(columns, table), "", *remarks, *([""] if remarks else [])])
 
 
 def _words(name: str, section: Section) -> str:
@@ -170,6 +186,10 @@ def _row(what: str, against: str, result: Result | None, missing: str) -> tuple[
     """Make the cells of a row."""
     if result is None:
         return what, against, missing, "-", "-", "-"
+    if "overhead_percent" in result:
+        overhead = f"**{result['overhead_percent']:g} %** ({result['low']:g} to {result['high']:g}; {_runs(result)})"
+        seconds = f"{result['base_seconds']:.3g} → {result['seconds']:.3g}"
+        return what, against, overhead, _limit(result), seconds, f"{result['base_peak_mb']} → {result['peak_mb']}"
     if "ratio" not in result:
         seconds = f"{result['seconds']:g} ({result['low']:g} to {result['high']:g}; {_runs(result)})"
         return what, against, "-", _limit(result), seconds, str(result["peak_mb"])
@@ -195,7 +215,7 @@ def _limit(result: Result) -> str:
     if "limit" not in result:
         return "-"
     value, unit = result["limit"].split()
-    found = result["seconds"] if unit == "s" else result["peak_mb"]
+    found = result[{"s": "seconds", "MB": "peak_mb", "%": "overhead_percent"}[unit]]
     return f"below {result['limit']}" + (", exceeded" if found > float(value) else "")
 
 

@@ -47,21 +47,21 @@ def _time_calls(place: str, stage: str, seconds: dict[str, float]) -> None:
     module_name, _, path = place.partition(":")
     class_name, _, method = path.partition(".")
     owner = getattr(__import__(module_name, fromlist=[class_name]), class_name)
-    setattr(owner, method, _timed(getattr(owner, method), stage, seconds))
+    setattr(owner, method, timed(getattr(owner, method), stage, seconds))
 
 
-def _timed(function: Callable[..., Any], stage: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    """Wrap a function."""
+def timed(function: Callable[..., Any], stage: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    """Wrap a function, so that the time of its calls is added to a stage."""
 
     @functools.wraps(function)
-    def timed(*arguments: Any, **settings: Any) -> Any:
+    def clocked(*arguments: Any, **settings: Any) -> Any:
         begun = time.monotonic()
         try:
             return function(*arguments, **settings)
         finally:
             seconds[stage] += time.monotonic() - begun
 
-    return timed
+    return clocked
 
 
 if __name__ == "__main__":

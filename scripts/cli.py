@@ -178,6 +178,7 @@ def score(
     patients: str | None = None,
     presence: str = "all",
     averaging: str = "case",
+    pooled_batch: int = 40,
     progress_bar: bool = True,
 ) -> str:
     """Score label maps that any program made, against the truth: the scores of `evaluate`, see docs/evaluation.md.
@@ -190,7 +191,8 @@ def score(
         tolerance: of the NSD, in mm for volumes and in pixels for pictures.
         patients: CSV file with the columns case and patient.
         presence: all or oracle: how the classes were asked for when the predictions were made.
-        averaging: of the DSC in the printed table: case, slice or dataset.
+        averaging: of the DSC in the printed table: case, slice, dataset or batch-pooled.
+        pooled_batch: cases in a batch of the batch-pooled scores.
         progress_bar: whether to show one.
     """
     from scripts.data.vocabulary import Vocabulary
@@ -204,6 +206,7 @@ def score(
         tolerance=tolerance,
         protocol=presence,
         averaging=averaging,
+        pooled_batch=pooled_batch,
     )
     folder = _writable(output)
     vocabulary = Vocabulary.read(CONFIGS / "classes.yaml")

@@ -22,6 +22,7 @@ from scripts.data.vocabulary import Vocabulary
 from scripts.data.writing import BACKGROUND
 from scripts.errors import InputError, PromptError
 from scripts.metrics.masks import DEFAULT_TOLERANCE, check_tolerance
+from scripts.metrics.pooling import POOLED_BATCH, check_pooled_batch
 from scripts.metrics.scores import ClassScore, score_case, without_names
 from scripts.metrics.summaries import check_protocol, summarise_units
 from scripts.report.run_record import write_run_record
@@ -98,7 +99,8 @@ class Request:
         patients: CSV file with the columns case and patient, or None.
         tolerance: of the NSD, in mm for volumes and in pixels for planar cases.
         protocol: how the classes were asked for, "all" or "oracle".
-        averaging: of the DSC in the table, "case", "slice" or "dataset".
+        averaging: of the DSC in the table, "case", "slice", "dataset" or "batch-pooled".
+        pooled_batch: cases in a batch of the batch-pooled DSC and IoU.
     """
 
     predictions: Path
@@ -108,6 +110,7 @@ class Request:
     tolerance: float
     protocol: str
     averaging: str
+    pooled_batch: int = POOLED_BATCH
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,15 @@ def score_folders(
 
     Raises:
         InputError: see ``score_files``.
-        ConfigError: an unknown protocol or averaging, or a tolerance that is negative or not finite.
+        ConfigError: an unknown protocol or averaging, a tolerance that is negative or not finite, or a batch without a
+            case.
         OutputError: a file cannot be written.
     """
     start = time.monotonic()
     check_averaging(request.averaging)
     check_protocol(request.protocol)
     check_tolerance(request.tolerance)
+    check_pooled_batch(request.pooled_batch)
     scored = score_files(
         request.predictions,
         request.truth,
@@ -152,11 +157,11 @@ def score_folders(
         tolerance=request.tolerance,
         progress=progress,
     )
-    summaries = summarise_units(scored.scores, protocol=request.protocol)
+    summaries = summarise_units(scored.scores, protocol=request.protocol, pooled_batch=request.pooled_batch)
     write_scores_csv(scored.scores, output / "metrics.csv")
     write_summary_json(summaries, output / "summary.json")
     files = {name: getattr(request, name) for name in ("predictions", "truth", "labels", "patients")}
-    settings = {name: getattr(request, name) for name in ("tolerance", "protocol", "averaging")}
+    settings = {name: getattr(request, name) for name in ("tolerance", "protocol", "averaging", "pooled_batch")}
     seconds = time.monotonic() - start
     write_run_record(output / "run.json", files=files, settings=settings, seconds=seconds, failed=scored.failures)
     return scored, render_tables(summaries, averaging=request.averaging)

@@ -11,6 +11,8 @@ MAY_KNOW = {
     "metrics": set(),
     "report": {"data", "metrics"},
     "engines": {"networks", "losses", "data", "metrics", "report"},
+    # It runs the verbs of the command line, as a person would.
+    "study": {"cli", "workflow", "networks", "data", "metrics", "report", "engines"},
 }
 FOR_ALL = {"errors", "files"}
 

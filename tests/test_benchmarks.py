@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,24 @@ class TestMeasuring:
         assert (found.ratio, found.low, found.high, found.runs) == (4.0, 2.0, 9.0, 3)
         assert (found.slow_seconds, found.fast_seconds) == (9.0, 2.0)
 
+    def test_an_overhead_is_the_median_of_the_rounds(self):
+        from measure import overhead
+
+        found = overhead([2.0, 4.0, 5.0], [3.0, 5.0, 4.0])  # 50, 25 and -20 % longer
+        assert (found.overhead_percent, found.low, found.high, found.runs) == (25.0, -20.0, 50.0, 3)
+        assert (found.base_seconds, found.seconds) == (4.0, 4.0)
+
+    def test_the_clocks_of_a_pass_give_their_medians_and_what_is_left(self, monkeypatch):
+        import stages
+        from hsp_sam import median_stages
+
+        seconds = defaultdict(float)
+        now = iter(range(10**6))
+        monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: next(now)))
+        part = stages.timed(lambda: None, "part", seconds)  # 1 of the clock's seconds
+        found = median_stages(lambda: (part(), part()), seconds, runs=3)
+        assert found == {"part": 2, "all else": 3, "total": 5}
+
     def test_different_functions_are_not_compared(self):
         from variants import require_equal
 
@@ -205,8 +225,8 @@ class TestPage:
         result = json.loads(path.read_text(encoding="utf-8"))
         assert set(result) >= EVERY_ROW
         assert result["name"] == path.stem
-        middle = result["ratio"] if "ratio" in result else result["seconds"]
-        assert result["low"] <= middle <= result["high"]
+        figure = next(key for key in ("ratio", "overhead_percent", "seconds") if key in result)
+        assert result["low"] <= result[figure] <= result["high"]
         assert (FOLDER / result["command"].split()[1].removeprefix("benchmarks/")).is_file()
 
     def test_a_target_that_is_missed_shows(self):
@@ -215,18 +235,24 @@ class TestPage:
         origin = {"command": "python benchmarks/x.py", "machine": "m", "versions": {"torch": "2"}, "runs": 1}
         ratio = {**origin, "low": 1, "high": 3, "slow_seconds": 4.0, "fast_seconds": 2.0, "peak_mb": 7, "target": 2.5}
         process = {**origin, "low": 9, "high": 9, "seconds": 9, "peak_mb": 50}
+        overhead = {**origin, "low": 29, "high": 37, "base_seconds": 1.0, "seconds": 1.36}
+        overhead |= {"base_peak_mb": 60, "peak_mb": 70}
         page = render(
             {
                 "encoder_sam_vit_b_1024_torch": {**ratio, "ratio": 2.0, "slow_peak_mb": 8},
                 "encoder_sam_vit_b_1024_onnx": {**ratio, "ratio": 2.5},
                 "infer_large_volume": {**process, "limit": "40 MB"},
                 "infer_first_slice": {**process, "limit": "12 s"},
+                "hsp_sam_forward_sam_vit_b_512": {**overhead, "overhead_percent": 36.0, "limit": "35 %"},
+                "hsp_sam_training_memory_sam_vit_b_512": {**overhead, "overhead_percent": 30.0},
             }
         )
         assert "| **2** (1 to 3; 1 run) | 2.5, not reached | 4 → 2 | 8 → 7 |" in page
         assert "| **2.5** (1 to 3; 1 run) | 2.5 | 4 → 2 | 7 |" in page
         assert "| below 40 MB, exceeded | 9 (9 to 9; 1 run) | 50 |" in page
         assert "| below 12 s | 9 (9 to 9; 1 run) | 50 |" in page
+        assert "| **36 %** (29 to 37; 1 run) | below 35 %, exceeded | 1 → 1.36 | 60 → 70 |" in page
+        assert "| **30 %** (29 to 37; 1 run) | - | 1 → 1.36 | 60 → 70 |" in page
         assert "| LiteMedSAM's TinyViT, 256 px, PyTorch | LiteMedSAM's eager form | not measured yet |" in page
         assert "no GPU was at hand" in page
 
@@ -260,6 +286,7 @@ def run_small(script, folder):
             {"forward_diffusion", "training_from_store_sam_vit_b_32", "training_from_store_lite_medsam_32"},
         ),
         ("inferring.py", {"infer_volume_torch", "infer_volume_onnx", "infer_large_volume", "infer_first_slice"}),
+        ("hsp_sam.py", {"hsp_sam_forward_sam_vit_b_64", "hsp_sam_training_memory_sam_vit_b_64"}),
         ("preparing.py", {"prepare_large_ct"}),
     ],
 )
@@ -271,6 +298,7 @@ def test_a_benchmark_runs_and_writes_its_rows(script, rows, tmp_path):
     for result in results.values():
         assert set(result) >= EVERY_ROW
         assert ("ratio" in result) == ("slow_peak_mb" in result) == ("fast_seconds" in result)
+        assert ("overhead_percent" in result) == ("base_peak_mb" in result) == ("base_seconds" in result)
     assert all(f"`{name}`" in render(results) for name in results)
 
 

@@ -8,11 +8,12 @@ import pytest
 from scripts import cli
 
 IMAGES = 8
+STEPS_AN_EPOCH = 25  # each step shows all images: the list names them so often
 SETTINGS = {
-    "image_size": 64,
+    "image_size": 48,
     "batch_size": IMAGES,
-    "max_epochs": 100,
-    "val_interval": 20,
+    "max_epochs": 4,
+    "val_interval": 4,
     "learning_rate": 0.001,
     "warmup_iterations": 10,
     "augment": False,
@@ -46,7 +47,10 @@ def polyps(shared, tmp_path_factory):
         return {"image": str(folder / "images" / f"{case}.jpg"), "label": label, "modality": "endoscopy"}
 
     path = tmp_path_factory.mktemp("polyps") / "datalist.json"
-    training, validation = ([entry(name) | {"case": f"{kind}_{name}"} for name in names] for kind in ("seen", "asked"))
+    times = [f"seen_{time}" for time in range(STEPS_AN_EPOCH)]
+    training, validation = (
+        [entry(name) | {"case": f"{time}_{name}"} for time in kind for name in names] for kind in (times, ["asked"])
+    )
     path.write_text(json.dumps({"name": "polyps", "training": training, "validation": validation}))
     return path
 

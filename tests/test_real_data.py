@@ -99,6 +99,24 @@ def test_polyps_get_a_mask_of_the_picture_s_size(polyps, polyp_model, tmp_path):
     assert json.loads((tmp_path / "labels.json").read_text()) == {"0": "background", "6": "polyp"}
 
 
+@pytest.mark.slow
+def test_the_masks_of_infer_score_as_in_evaluate(polyps, polyp_model, tmp_path):
+    (tmp_path / "truth").mkdir()
+    words = ("--modality", "endoscopy", "--checkpoint", polyp_model, "--output", tmp_path / "masks")
+    for entry in entries(polyps):
+        run("infer", entry["image"], *words)
+        with Image.open(entry["label"]["polyp"]) as mask:
+            mask.convert("L").point(lambda value: 6 * (value > 127)).save(tmp_path / "truth" / f"{entry['case']}.png")
+    run("evaluate", polyps, "--checkpoint", polyp_model, "--output", tmp_path / "evaluated", *QUIET)
+    folders = ("--predictions", tmp_path / "masks", "--truth", tmp_path / "truth")
+    run("score", *folders, "--output", tmp_path / "scored", "--progress_bar", "false")
+    both = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("evaluated", "scored")]
+    evaluated, scored = (content["units"]["px"]["classes"]["polyp"] for content in both)
+    assert evaluated == scored | {"id": evaluated["id"]}
+    assert 0 < evaluated["batch-pooled"]["iou"] < evaluated["batch-pooled"]["dsc"] < 1
+    assert evaluated["batch-pooled"]["iou"] != evaluated["iou"]
+
+
 def test_organs_are_evaluated_in_millimetres(organs, organ_model, tmp_path, capsys):
     run("evaluate", organs, "--checkpoint", organ_model, "--output", tmp_path)
     assert "NSD @ 2 mm" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import nibabel
@@ -13,10 +13,10 @@ from PIL import Image
 
 from scripts import cli
 from scripts.data.vocabulary import Vocabulary
-from scripts.errors import InputError
+from scripts.errors import ConfigError, InputError
 from scripts.metrics.scores import score_case
 from scripts.report.tables import read_scores_csv
-from scripts.scoring_files import find_masks, read_label_names, read_patients, score_files
+from scripts.scoring_files import Request, find_masks, read_label_names, read_patients, score_files, score_folders
 
 SPACING = (0.8, 1.2, 3.0)
 SHAPE = (20, 16, 6)
@@ -205,8 +205,8 @@ def spoil(kind, folders):
         write(path, np.ascontiguousarray(labels.transpose(2, 1, 0)))
     elif kind == "another affine":
         write(path, labels, AFFINE + np.diag([0, 0, 0.5, 0]))
-    elif kind == "unknown ids":
-        write(path, labels + (labels > 0) * np.uint8(3))
+    elif kind.startswith("unknown ids"):
+        write(truth / "bad.nii.gz" if kind.endswith("truth") else path, labels + (labels > 0) * np.uint8(3))
     elif kind == "fractions":
         write(path, labels * np.float32(0.5) + np.float32(0.1))
     elif kind == "damaged":
@@ -221,6 +221,7 @@ BAD = [
     ("swapped axes", r"got \(16, 6, 20\); the same lengths in another order: swapped axes"),
     ("another affine", r"affine within 0.001 mm in the prediction, got one that differs by up to 0.5;"),
     ("unknown ids", r"expected values of \[0, 4, 5\] in the prediction, got \[7, 8\] too"),
+    ("unknown ids in the truth", r"expected values of \[0, 4, 5\] in the truth, got \[7, 8\] too"),
     ("fractions", "whole numbers"),
     ("damaged", "bad_seg.nii.gz: expected a complete .nii.gz file"),
 ]
@@ -315,8 +316,29 @@ def test_the_command_writes_what_it_prints(folders, tmp_path, capsys):
     assert "NSD @ 1 mm" in printed
     assert 'Protocol "oracle"' in printed
     record = json.loads((folder / "run.json").read_text())
-    assert record["settings"] == {"tolerance": 1, "protocol": "oracle", "averaging": "slice"}
+    assert record["settings"] == {"tolerance": 1, "protocol": "oracle", "averaging": "slice", "pooled_batch": 40}
     assert set(record["files"]) == {"predictions", "truth"}
+
+
+def test_batch_pooled_scores_are_those_of_the_files_joined(folders, vocabulary, tmp_path):
+    pairs = {case: write_pair(folders, case, seed) for seed, case in enumerate("abc")}
+    write(folders[0] / "a_seg.nii.gz", np.roll(pairs["a"], 4, axis=0))
+    request = Request(*folders, None, None, 2.0, "all", "batch-pooled", pooled_batch=2)
+    scored, tables = score_folders(request, tmp_path, vocabulary=vocabulary)
+    predictions = np.stack([np.roll(pairs[case], 4 if case == "a" else 1, axis=0) == 4 for case in "abc"])
+    truths = np.stack([pairs[case] == 4 for case in "abc"])
+    both, either = predictions & truths, predictions | truths
+    iou = (2 * both[:2].sum() / either[:2].sum() + both[2].sum() / either[2].sum()) / 3
+    content = json.loads((tmp_path / "summary.json").read_text())["units"]["mm"]
+    entry = content["classes"]["value_4"]
+    assert (content["pooled_batch"], entry["batch-pooled"]["iou"]) == (2, pytest.approx(iou))
+    assert entry["iou"] == pytest.approx(np.mean([score.iou for score in scored.scores[::2]]))
+    assert entry["iou"] != pytest.approx(iou)
+    printed = re.search(r"^value_4 +([\d.]+)", tables, re.MULTILINE)
+    assert float(printed[1]) == pytest.approx(entry["batch-pooled"]["dsc"], abs=5e-5)
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["pooled_batch"] == 2
+    with pytest.raises(ConfigError, match="pooled_batch"):
+        score_folders(replace(request, pooled_batch=0), tmp_path, vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize(

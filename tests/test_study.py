@@ -16,8 +16,9 @@ from scripts.metrics.statistics import class_intervals, compare_runs
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.checkpoints import read_state_dict, save_state_dict
 from scripts.report.tables import read_scores_csv
-from scripts.study import TABLES, StudyPlan, read_overlays, run_study
-from scripts.study_rows import read_table
+from scripts.study.plan import TABLES, StudyPlan, read_overlays
+from scripts.study.rows import read_table
+from scripts.study.study import run_study
 from scripts.workflow import CONFIGS
 
 TINY = {

@@ -21,6 +21,7 @@ from scripts.metrics.pooling import POOLED_BATCH, check_pooled_batch
 from scripts.metrics.scores import DEFAULT_TOLERANCE, ClassScore, score_case, without_names
 from scripts.metrics.statistics import RESAMPLES
 from scripts.metrics.summaries import Summary, summarise_units
+from scripts.report.attention_pictures import ATTENTION_FOLDER, attention_files
 from scripts.report.error_pictures import PICTURES_FOLDER
 from scripts.report.run_record import write_run_record
 from scripts.report.tables import check_averaging, render_tables, write_scores_csv, write_summary_json
@@ -161,7 +162,7 @@ class ReportScores:
 
 
 class ForgetEarlierRun:
-    """Take away what an earlier evaluation left in the same folder and not every one writes: pictures and quality.
+    """Take away what an earlier evaluation left in the folder and not every one writes: pictures, attention, quality.
 
     They would pass for this evaluation's. All else takes the place of what was there when the evaluation ends. List it
     before what writes them, and after what may fail at the start.
@@ -180,7 +181,9 @@ class ForgetEarlierRun:
     def __call__(self, engine: Engine) -> None:
         """Remove the files, before any process can have written one."""
         if idist.get_rank() == 0:
-            for old in (*map(self.folder.joinpath, QUALITY_FILES), *(self.folder / PICTURES_FOLDER).glob("*__*.png")):
+            pictures = (self.folder / PICTURES_FOLDER).glob("*__*.png")
+            attention = attention_files(self.folder / ATTENTION_FOLDER)
+            for old in (*map(self.folder.joinpath, QUALITY_FILES), *pictures, *attention):
                 old.unlink(missing_ok=True)
         idist.barrier()
 

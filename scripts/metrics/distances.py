@@ -2,7 +2,8 @@
 
 Every element of one surface has a distance to the nearest element of the other. Most are short, since a prediction
 mostly lies close to the truth; an element's surroundings are therefore looked at first, in the order of their distance,
-for as long as that finds much. What is left goes to a tree over the other surface.
+for as long as that finds much. What is left goes to a tree over the other surface; in volumes, where the surfaces lie
+so far apart that most of the other one can be nearest to nothing, to the few elements that can.
 """
 
 import functools
@@ -20,6 +21,13 @@ from scripts.metrics.surfaces import MARGIN, Surface, extract_surfaces
 
 # A wider ring follows where the last one left fewer than this share of its elements without a neighbour.
 _MOST_LEFT_BY_A_RING: Final = 0.9
+
+# The tree is left out where a smaller share than this of the other surface can be nearest to anything. It is worth
+# finding out for not too few elements, in multiples of the other surface's.
+_FEW: Final = 1 / 8
+_MANY: Final = 1 / 4
+# Distances computed at a time, 8 bytes each.
+_MOST_PAIRS: Final = 2**18
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,10 @@ def nearest_distances(source: Surface, target: Surface, spacing: npt.NDArray[np.
     distances, left = _search_surroundings(source, target, spacing)
     if len(left) == 0:
         return distances
-    distances[left] = _search_tree(source.points[left], target, spacing)
+    start, goal = (_coordinates(points, target.border) for points in (source.points[left], target.points))
+    nearest = _find_nearest(start * spacing, goal * spacing)
+    # What is found lies at rounded positions; a distance equal to the tolerance has to stay equal.
+    distances[left] = _length(start - goal[nearest], spacing)
     return distances
 
 
@@ -180,23 +191,62 @@ def _surroundings(spacing: tuple[float, ...], strides: tuple[int, ...]) -> list[
     return rings
 
 
-def _search_tree(
-    points: npt.NDArray[np.intp], target: Surface, spacing: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """Distances (N,) from flat grid indices to the target's elements, through a tree of these."""
+def _coordinates(points: npt.NDArray[np.intp], grid: Mask) -> npt.NDArray[np.intp]:
+    """Positions (N, 2) or (N, 3) of flat indices (N,) into a grid."""
+    return np.stack(np.unravel_index(points, grid.shape), axis=1)
+
+
+def _find_nearest(start: npt.NDArray[np.float64], goal: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Indices (N,) of the goals (M, 2) or (M, 3) nearest to the positions (N, 2) or (N, 3)."""
     from scipy.spatial import cKDTree
 
-    start, goal = (np.stack(np.unravel_index(flat, target.border.shape), axis=1) for flat in (points, target.points))
+    if start.shape[1] == 3 and len(start) > _MANY * len(goal):
+        possible = _possible_goals(start, goal)
+        if len(possible) < _FEW * len(goal):
+            return possible[_find_among_few(start, goal[possible])]
     # Built for one query: large leaves and no balance take least time in all.
-    tree = cKDTree(goal * spacing, leafsize=48, compact_nodes=False, balanced_tree=False)
-    _, nearest = tree.query(start * spacing)
-    # The tree's own distances are of rounded positions; a distance equal to the tolerance has to stay equal.
-    return _length(start - goal[nearest], spacing)
+    tree = cKDTree(goal, leafsize=48, compact_nodes=False, balanced_tree=False)
+    return np.asarray(tree.query(start)[1], dtype=np.intp)
+
+
+def _possible_goals(start: npt.NDArray[np.float64], goal: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Indices of the goals (M, 3) that may be nearest to one of the positions (N, 3), of which there may be fewer.
+
+    The difference of the squared distances to two goals is linear in the position. So a goal that is no farther than
+    another from all corners of the box around the positions is no farther from any of them, and the other can go.
+    """
+    from scipy.spatial.distance import cdist
+
+    corners = np.array(list(itertools.product(*zip(start.min(axis=0), start.max(axis=0), strict=True))))
+    squares = cdist(corners, goal, "sqeuclidean")  # (8, M)
+    possible = np.arange(len(goal))
+    for corner in range(len(corners)):
+        best = squares[corner].argmin()
+        kept = (squares < squares[:, [best]]).any(axis=0)
+        kept[best] = True
+        possible, squares = possible[kept], squares[:, kept]
+    return possible
+
+
+def _find_among_few(start: npt.NDArray[np.float64], goal: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Indices (N,) of the goals (M, 3) nearest to the positions (N, 3), which are halved until few goals are left."""
+    from scipy.spatial.distance import cdist
+
+    if len(start) * len(goal) <= _MOST_PAIRS:
+        return cdist(start, goal, "sqeuclidean").argmin(axis=1)
+    axis = int(np.ptp(start, axis=0).argmax())
+    low = start[:, axis] < (start[:, axis].min() + start[:, axis].max()) / 2
+    nearest = np.empty(len(start), dtype=np.intp)
+    for half in (low, ~low):
+        possible = _possible_goals(start[half], goal)
+        nearest[half] = possible[_find_among_few(start[half], goal[possible])]
+    return nearest
 
 
 def _length(offsets: npt.NDArray[np.intp], spacing: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Length (N,) of offsets (N, 2) or (N, 3) in voxels, in the unit of the spacing."""
-    return np.sqrt(((offsets * spacing) ** 2).sum(axis=1))
+    # One axis after the other: NumPy adds rows of two or three numbers slowly.
+    return np.sqrt(functools.reduce(np.add, ((offsets * spacing) ** 2).T))
 
 
 def _sort_by_distance(

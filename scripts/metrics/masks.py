@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -15,11 +16,56 @@ DEFAULT_TOLERANCE: Final = 2.0
 """Distance in mm or pixels up to which a boundary counts as found."""
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """How many voxels a predicted and a true mask have, alone and together.
+
+    Attributes:
+        predicted: Voxels of the prediction.
+        true: Voxels of the truth.
+        common: Voxels of both at once.
+    """
+
+    predicted: int
+    true: int
+    common: int
+
+    @property
+    def dsc(self) -> float:
+        """Dice similarity coefficient 2 |P and T| / (|P| + |T|), 0 to 1; NaN where both masks are empty."""
+        total = self.predicted + self.true
+        return float(2 * self.common / total) if total else math.nan
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union |P and T| / |P or T|, 0 to 1; NaN where both masks are empty."""
+        union = self.predicted + self.true - self.common
+        return float(self.common / union) if union else math.nan
+
+
+def count_overlap(prediction: Mask, truth: Mask) -> Overlap:
+    """Count the voxels of two masks.
+
+    Counted in integers: MONAI's ``compute_dice`` and ``compute_iou`` add float32 voxels, which a large volume needs
+    much memory for, and have other rules for empty masks.
+
+    Args:
+        prediction: Boolean array of any shape.
+        truth: Boolean array of the same shape.
+
+    Raises:
+        InputError: An array is not boolean, or the shapes differ.
+    """
+    check_masks(prediction, truth)
+    return Overlap(
+        predicted=int(np.count_nonzero(prediction)),
+        true=int(np.count_nonzero(truth)),
+        common=int(np.count_nonzero(prediction & truth)),
+    )
+
+
 def dice_score(prediction: Mask, truth: Mask) -> float:
     """Dice similarity coefficient 2 |P and T| / (|P| + |T|) of two masks.
-
-    Counted in integers: MONAI's ``compute_dice`` adds float32 voxels, which a large volume needs much memory for, and
-    has other rules for empty masks.
 
     Args:
         prediction: Boolean array of any shape.
@@ -31,9 +77,7 @@ def dice_score(prediction: Mask, truth: Mask) -> float:
     Raises:
         InputError: An array is not boolean, or the shapes differ.
     """
-    check_masks(prediction, truth)
-    total = np.count_nonzero(prediction) + np.count_nonzero(truth)
-    return float(2 * np.count_nonzero(prediction & truth) / total) if total else math.nan
+    return count_overlap(prediction, truth).dsc
 
 
 def crop_to_union(prediction: Mask, truth: Mask) -> tuple[Mask, Mask]:
@@ -46,13 +90,25 @@ def crop_to_union(prediction: Mask, truth: Mask) -> tuple[Mask, Mask]:
     Returns:
         Views of both, of no extent where both masks are empty.
     """
-    union = prediction | truth
-    for axis in range(union.ndim):
-        occupied = np.flatnonzero(union.any(axis=tuple(other for other in range(union.ndim) if other != axis)))
-        start, stop = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 0)
-        box = (slice(None),) * axis + (slice(start, stop),)
-        prediction, truth, union = prediction[box], truth[box], union[box]
-    return prediction, truth
+    box = bounding_box(prediction | truth)
+    return prediction[box], truth[box]
+
+
+def bounding_box(mask: Mask) -> tuple[slice, ...]:
+    """Find the smallest box around a mask.
+
+    Args:
+        mask: Boolean array of any shape.
+
+    Returns:
+        A slice for each axis, of no extent where the mask is empty.
+    """
+    box: list[slice] = []
+    for axis in range(mask.ndim):
+        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else slice(0, 0))
+        mask = mask[(slice(None),) * axis + (box[-1],)]
+    return tuple(box)
 
 
 def check_masks(prediction: Mask, truth: Mask) -> None:

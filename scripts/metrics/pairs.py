@@ -9,7 +9,7 @@ Empty masks, one rule for each metric:
 
 | metric | both empty | exactly one empty |
 |---|---|---|
-| `dsc`, `nsd` | NaN: there is nothing to find | 0: nothing was found |
+| `dsc`, `iou`, `nsd` | NaN: there is nothing to find | 0: nothing was found |
 | `hd95`, `hd100`, `assd`, `mean_to_truth`, `mean_to_prediction` | infinite | infinite |
 | `volume_error_ml` | 0 | minus the true volume, or the predicted one |
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from scripts.errors import InputError
 from scripts.metrics.distances import measure_distances
-from scripts.metrics.masks import DEFAULT_TOLERANCE, Mask, check_masks, dice_score
+from scripts.metrics.masks import DEFAULT_TOLERANCE, Mask, check_masks, count_overlap
 
 CUBIC_MILLIMETRES_PER_MILLILITRE = 1000.0
 
@@ -46,6 +46,7 @@ class PairMetrics:
         mean_to_prediction: Mean distance from the truth's surface to the prediction's.
         volume_error_ml: Predicted minus true volume in ml; NaN of 2D masks, which have none. It is one only where the
             spacing was in mm.
+        iou: Intersection over union, 0 to 1.
     """
 
     dsc: float
@@ -56,6 +57,7 @@ class PairMetrics:
     mean_to_truth: float
     mean_to_prediction: float
     volume_error_ml: float
+    iou: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class SliceMetrics:
     """A stack of predicted 2D masks against the true ones, surfaces slice by slice in pixels.
 
     Attributes:
-        mean: DSC over the pixels of all slices together; NSD, the mean over the slices where either mask has something;
-            distances, the means over the slices where both have, in pixels; no volume error (NaN).
+        mean: DSC and IoU over the pixels of all slices together; NSD, the mean over the slices where either mask has
+            something; distances, the means over the slices where both have, in pixels; no volume error (NaN).
         slices: Slices where either mask has something.
         slices_without_distance: Those of them where only one has: they count 0 in the NSD and are left out of the means
             of the distances.
@@ -95,8 +97,9 @@ def compare_masks(
         ConfigError: The tolerance is negative or not finite.
     """
     distances = measure_distances(prediction, truth, spacing=spacing)
+    overlap = count_overlap(prediction, truth)
     return PairMetrics(
-        dsc=dice_score(prediction, truth),
+        dsc=overlap.dsc,
         nsd=distances.surface_dice(tolerance),
         hd95=distances.hausdorff(95),
         hd100=distances.hausdorff(100),
@@ -104,6 +107,7 @@ def compare_masks(
         mean_to_truth=distances.mean_to_truth(),
         mean_to_prediction=distances.mean_to_prediction(),
         volume_error_ml=_volume_error_ml(prediction, truth, spacing),
+        iou=overlap.iou,
     )
 
 
@@ -133,8 +137,9 @@ def compare_slices(prediction: Mask, truth: Mask, *, tolerance: float = DEFAULT_
         for index in np.flatnonzero((prediction | truth).any(axis=(0, 1)))
     ]
     both = [metrics for metrics in slices if math.isfinite(metrics.hd100)]
+    overlap = count_overlap(prediction, truth)
     mean = PairMetrics(
-        dsc=dice_score(prediction, truth),
+        dsc=overlap.dsc,
         nsd=_mean((metrics.nsd for metrics in slices), otherwise=math.nan),
         hd95=_mean((metrics.hd95 for metrics in both), otherwise=math.inf),
         hd100=_mean((metrics.hd100 for metrics in both), otherwise=math.inf),
@@ -142,6 +147,7 @@ def compare_slices(prediction: Mask, truth: Mask, *, tolerance: float = DEFAULT_
         mean_to_truth=_mean((metrics.mean_to_truth for metrics in both), otherwise=math.inf),
         mean_to_prediction=_mean((metrics.mean_to_prediction for metrics in both), otherwise=math.inf),
         volume_error_ml=math.nan,
+        iou=overlap.iou,
     )
     return SliceMetrics(mean=mean, slices=len(slices), slices_without_distance=len(slices) - len(both))
 

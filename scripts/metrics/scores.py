@@ -3,6 +3,7 @@
 The scores of one class in one case, on the voxels of the original image:
 
 - DSC, the Dice similarity coefficient 2 |P and T| / (|P| + |T|) of the predicted voxels P and the true voxels T;
+- IoU, the intersection over union |P and T| / |P or T| of the same voxels;
 - NSD, the normalised surface Dice: the share of both boundaries that lies within a tolerance of the other boundary
   (Nikolov et al., https://arxiv.org/abs/1809.04430), boundary pieces weighted by their length or area as in
   https://github.com/google-deepmind/surface-distance;
@@ -14,8 +15,8 @@ Empty masks, the one rule for all cases (that of two masks alone is in `scripts.
 
 - the truth lacks the class: NaN for every score but the volume error, whatever was predicted. The case is counted and
   not averaged, and what was predicted there shows up as false-positive slices;
-- the truth has the class and the prediction is empty: DSC and NSD are 0, distances are infinite, which averages leave
-  out and count, and the volume error is minus the true volume.
+- the truth has the class and the prediction is empty: DSC, IoU and NSD are 0, distances are infinite, which averages
+  leave out and count, and the volume error is minus the true volume.
 
 Slices lie along the last axis of an array ``(H, W, D)``. A *planar* case is a 2D image (D = 1) or a stack of 2D images
 without a distance between them. Its boundaries are curves, so its surfaces are measured slice by slice in pixels of the
@@ -36,6 +37,7 @@ from scripts.metrics.distances import measure_distances
 from scripts.metrics.masks import (
     DEFAULT_TOLERANCE,
     Mask,
+    Overlap,
     check_masks,
     check_spacing,
     check_tolerance,
@@ -72,6 +74,7 @@ class ClassScore:
             class without a partner, or one that was not annotated in this case.
         false_negative_slices: Slices with the class on which nothing of it is predicted.
         slice_dsc: Mean over the slices with the class of each slice's own DSC; NaN where the truth lacks the class.
+        iou: Intersection over union over all voxels of the case, 0 to 1; NaN where the truth lacks the class.
     """
 
     case: str
@@ -96,11 +99,19 @@ class ClassScore:
     swapped_voxels: int | None
     false_negative_slices: int
     slice_dsc: float
+    iou: float
 
     @property
     def present(self) -> bool:
         """Whether the truth of the case contains the class."""
         return self.truth_voxels > 0
+
+    @property
+    def overlap(self) -> Overlap:
+        """The voxels of prediction, truth and both; the last follow from the DSC, exactly below 2^50 voxels."""
+        total = self.truth_voxels + self.predicted_voxels
+        common = round(self.dsc * total / 2) if self.present else 0
+        return Overlap(predicted=self.predicted_voxels, true=self.truth_voxels, common=common)
 
     @property
     def swapped_share(self) -> float:
@@ -165,9 +176,9 @@ def score_case(
 ) -> list[ClassScore]:
     """Score every class of one case.
 
-    The DSC pools all slices of the case, so voxels predicted on slices without the class lower it. The surfaces of a
-    volume are measured in 3D in mm. Those of a planar case are measured per slice in 2D in pixels; its NSD is the mean
-    over the slices where the truth or the prediction has the class, its distances over those where both have.
+    DSC and IoU pool all slices of the case, so voxels predicted on slices without the class lower them. The surfaces of
+    a volume are measured in 3D in mm. Those of a planar case are measured per slice in 2D in pixels; its NSD is the
+    mean over the slices where the truth or the prediction has the class, its distances over those where both have.
 
     The challenge's script gets a volume as its files hold it: the array as (slice, row, column) with the spacing as
     (x, y, z), x being along a row. For the axes (x, y, z) of an axial NIfTI file that is ``array.transpose(2, 1, 0)``
@@ -256,6 +267,7 @@ def _score_class(
         swapped_voxels=swapped,
         false_negative_slices=counts.false_negative,
         slice_dsc=_mean_slice_dice(prediction, truth),
+        iou=pair.iou,
     )
 
 
@@ -265,7 +277,8 @@ def _compare(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None, 
         pair = compare_slices(prediction, truth, tolerance=tolerance).mean
     else:
         pair = compare_masks(prediction, truth, spacing=spacing, tolerance=tolerance)
-    return pair if truth.any() else replace(pair, dsc=math.nan, nsd=math.nan, hd95=math.nan, assd=math.nan)
+    missing = dict.fromkeys(("dsc", "iou", "nsd", "hd95", "assd"), math.nan)
+    return pair if truth.any() else replace(pair, **missing)
 
 
 def _challenge_scores(

@@ -6,7 +6,8 @@ Three ways to average the DSC of a class over the cases that contain it:
 - per slice: every slice with the class counts alike, with its own DSC;
 - per data set: the voxels of all cases are pooled, 2 sum |P and T| / sum (|P| + |T|).
 
-All other scores are averaged per case. The mean of the classes weighs every class that occurs alike. Intervals are
+All other scores are averaged per case. Beside these means stand the batch-pooled DSC and IoU of older tables
+(`scripts.metrics.pooling`). The mean of the classes weighs every class that occurs alike. Intervals are
 bootstrap intervals that resample patients (`scripts.metrics.statistics`). Infinite distances, those of cases with the
 class and without a prediction, take part in no mean and are counted.
 """
@@ -19,20 +20,26 @@ from typing import Final
 import numpy as np
 
 from scripts.errors import ConfigError, InputError
+from scripts.metrics.pooling import BATCH_POOLED, POOLED_BATCH, BatchPooled, pool_batches
 from scripts.metrics.scores import ClassScore
 from scripts.metrics.statistics import RESAMPLES, Comparison, Interval, Values, class_intervals, compare_runs
 
 PROTOCOLS: Final = ("all", "oracle")
 """Which slices a class is asked for on: "all" of the case, or ("oracle") only those whose truth contains it."""
 
-AVERAGINGS: Final = ("case", "slice", "dataset")
-"""What counts alike in the mean DSC of a class: cases, slices, or the voxels of the whole data set."""
+AVERAGINGS: Final = ("case", "slice", "dataset", BATCH_POOLED)
+"""What counts alike in the mean DSC of a class: cases, slices, or the voxels of the whole data set or of a batch."""
 
-SCORES: Final = ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml")
+SCORES: Final = ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml", "iou")
 """The scores of a case that are averaged per case, by the names of `ClassScore`'s attributes."""
 
 COMPARED: Final = ("dsc", "nsd", "nsd_challenge")
-"""The scores in which two runs are compared; the higher is the better in all of them."""
+"""The scores in which two runs are compared in all classes; the higher is the better in all of them."""
+
+SWAPPED: Final = "swapped_share"
+"""The share of swapped voxels, in which two runs are compared in classes with a lateral partner; lower is better."""
+
+_REVERSE: Final = {"better": "worse", "worse": "better"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class ClassSummary:
             without a partner or a prediction.
         swap_cases: Number of cases in that mean.
         has_partner: Whether a case has a lateral partner of the class to be taken for.
+        batch_pooled: DSC and IoU of whole batches of cases.
     """
 
     class_id: int
@@ -79,6 +87,7 @@ class ClassSummary:
     swapped_share: float
     swap_cases: int
     has_partner: bool
+    batch_pooled: BatchPooled
 
     @property
     def dsc(self) -> float:
@@ -126,6 +135,8 @@ class Summary:
         classes: One entry per class in ascending id order.
         cases: Number of cases.
         patients: Number of patients among these.
+        batch_pooled: Unweighted mean of the classes' batch-pooled DSC and IoU over the classes that occur.
+        pooled_batch: Cases in a batch of these.
     """
 
     protocol: str
@@ -135,6 +146,8 @@ class Summary:
     classes: tuple[ClassSummary, ...]
     cases: int
     patients: int
+    batch_pooled: BatchPooled
+    pooled_batch: int
 
     @property
     def dsc(self) -> float:
@@ -152,10 +165,10 @@ class RunComparison:
     """Two runs over the same cases, in one score.
 
     Attributes:
-        score: One of ``COMPARED``.
+        score: One of ``COMPARED``, or ``SWAPPED``.
         unit: "mm" of volumes or "px" of planar cases.
         tolerance: Tolerance of the NSD in ``unit``.
-        class_names: The K classes.
+        class_names: The K classes; of ``SWAPPED`` those with a lateral partner.
         first: The K means of the first run; then, last, their mean over the classes that occur.
         second: Those of the second run.
         comparisons: Second less first of the K classes, and then of their mean.
@@ -169,6 +182,14 @@ class RunComparison:
     second: tuple[float, ...]
     comparisons: tuple[Comparison, ...]
 
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """Of each comparison whether the second run is `better`, `worse` or `not distinguishable`."""
+        verdicts = (found.verdict for found in self.comparisons)
+        if self.score == SWAPPED:
+            return tuple(_REVERSE.get(verdict, verdict) for verdict in verdicts)
+        return tuple(verdicts)
+
 
 def check_protocol(protocol: str) -> None:
     """Refuse a protocol that there is not.
@@ -181,7 +202,13 @@ def check_protocol(protocol: str) -> None:
 
 
 def summarise(
-    scores: Sequence[ClassScore], *, protocol: str, unit: str, seed: int = 0, resamples: int = RESAMPLES
+    scores: Sequence[ClassScore],
+    *,
+    protocol: str,
+    unit: str,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    pooled_batch: int = POOLED_BATCH,
 ) -> Summary:
     """Average the scores of many cases, first over cases and then over classes.
 
@@ -191,12 +218,14 @@ def summarise(
         unit: Unit the surfaces are meant to be measured in, "mm" or "px".
         seed: Of the resampling.
         resamples: Number of draws of the intervals; 0 leaves them out.
+        pooled_batch: Cases in a batch of the batch-pooled DSC and IoU, at least 1.
 
     Returns:
         The averages, classes in ascending id order.
 
     Raises:
-        ConfigError: The protocol is unknown, or the scores are not all in ``unit`` at one tolerance.
+        ConfigError: The protocol is unknown, the scores are not all in ``unit`` at one tolerance, or a batch has no
+            case.
         InputError: There are no scores, a class of a case comes twice, a class that the truth has lacks a score, a case
             has two patients, or ids and names do not match one to one.
     """
@@ -215,6 +244,7 @@ def summarise(
         )
         for name, (value, weight) in _MEANS.items()
     }
+    pooled, overall_pooled = pool_batches(scores, batch=pooled_batch)
     return Summary(
         protocol=protocol,
         unit=unit,
@@ -224,16 +254,24 @@ def summarise(
             _summarise_class(
                 [score for score in scores if score.class_id == class_id],
                 {name: classes[index] for name, (classes, _) in means.items()},
+                pooled[index],
             )
             for index, class_id in enumerate(ids)
         ),
         cases=len(patients),
         patients=len(set(patients.values())),
+        batch_pooled=overall_pooled,
+        pooled_batch=pooled_batch,
     )
 
 
 def summarise_units(
-    scores: Sequence[ClassScore], *, protocol: str, seed: int = 0, resamples: int = RESAMPLES
+    scores: Sequence[ClassScore],
+    *,
+    protocol: str,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    pooled_batch: int = POOLED_BATCH,
 ) -> list[Summary]:
     """Average volumes (mm) and planar cases (px) apart from each other, see ``summarise``.
 
@@ -241,7 +279,7 @@ def summarise_units(
         One summary per unit that occurs, mm first.
 
     Raises:
-        ConfigError: The protocol is unknown, or one unit has several tolerances.
+        ConfigError: The protocol is unknown, one unit has several tolerances, or a batch has no case.
         InputError: See ``summarise``.
     """
     units = sorted({score.unit for score in scores}) or ["mm"]
@@ -252,6 +290,7 @@ def summarise_units(
             unit=unit,
             seed=seed,
             resamples=resamples,
+            pooled_batch=pooled_batch,
         )
         for unit in units
     ]
@@ -270,7 +309,8 @@ def compare_scores(
         resamples: Number of draws.
 
     Returns:
-        One comparison per unit and score of ``COMPARED``.
+        For each unit one comparison per score of ``COMPARED``, and one in ``SWAPPED`` where classes have partners; this
+        one is over the cases in which both runs have predicted the class.
 
     Raises:
         InputError: There are no scores, the runs differ in cases or classes (the text names them), or a class is in the
@@ -283,26 +323,44 @@ def compare_scores(
     found = []
     for unit in sorted({score.unit for score in first}):
         of_first, of_second = ([score for score in run if score.unit == unit] for run in (first, second))
-        tolerance = _common_tolerance([*of_first, *of_second], unit)
+        _common_tolerance([*of_first, *of_second], unit)
         _check_classes(of_first)
-        patients = list(_patients(of_first).values())
-        names = dict(sorted((score.class_id, score.class_name) for score in of_first))
-        for score in COMPARED:
-            value, _ = _MEANS[score]
-            tables = _table(of_first, value), _table(of_second, value)
-            classes, overall = compare_runs(*tables, patients=patients, seed=seed, resamples=resamples)
-            found.append(
-                RunComparison(
-                    score=score,
-                    unit=unit,
-                    tolerance=tolerance,
-                    class_names=tuple(names.values()),
-                    first=_means(tables[0], patients),
-                    second=_means(tables[1], patients),
-                    comparisons=(*classes, overall),
-                )
+        for name in COMPARED:
+            tables = _table(of_first, _MEANS[name][0]), _table(of_second, _MEANS[name][0])
+            found.append(_compare_tables(name, of_first, tables, seed=seed, resamples=resamples))
+        sided = {score.class_name for score in (*of_first, *of_second) if score.swapped_voxels is not None}
+        if sided:
+            of_first, of_second = (
+                [score for score in run if score.class_name in sided] for run in (of_first, of_second)
             )
+            tables = _swaps_of_both(of_first, of_second)
+            found.append(_compare_tables(SWAPPED, of_first, tables, seed=seed, resamples=resamples))
     return found
+
+
+def _compare_tables(
+    name: str, scores: Sequence[ClassScore], tables: tuple[Values, Values], *, seed: int, resamples: int
+) -> RunComparison:
+    """Compare two runs' tables (cases, K) of one score; cases, classes and unit are those of the scores."""
+    patients = list(_patients(scores).values())
+    classes, overall = compare_runs(*tables, patients=patients, seed=seed, resamples=resamples)
+    return RunComparison(
+        score=name,
+        unit=scores[0].unit,
+        tolerance=scores[0].tolerance,
+        class_names=tuple(dict(sorted((score.class_id, score.class_name) for score in scores)).values()),
+        first=_means(tables[0], patients),
+        second=_means(tables[1], patients),
+        comparisons=(*classes, overall),
+    )
+
+
+def _swaps_of_both(first: Sequence[ClassScore], second: Sequence[ClassScore]) -> tuple[Values, Values]:
+    """The share of swapped voxels (cases, K) in two runs; NaN in both where one of them has predicted nothing."""
+    tables = [_table(run, lambda score: score.swapped_share, present_only=False) for run in (first, second)]
+    unknown = np.isnan(tables[0]) | np.isnan(tables[1])
+    one, other = (np.where(unknown, math.nan, table) for table in tables)
+    return one, other
 
 
 def _means(values: Values, patients: Sequence[str]) -> tuple[float, ...]:
@@ -311,15 +369,19 @@ def _means(values: Values, patients: Sequence[str]) -> tuple[float, ...]:
     return tuple(interval.mean for interval in (*classes, overall))
 
 
-def _table(scores: Sequence[ClassScore], value: Callable[[ClassScore], float]) -> Values:
-    """What each case has of each class, (cases, K) in the order of names and ids; NaN where it has none."""
+def _table(scores: Sequence[ClassScore], value: Callable[[ClassScore], float], *, present_only: bool = True) -> Values:
+    """What each case has of each class, (cases, K) in the order of names and ids; NaN where it has none.
+
+    So it is, unless ``present_only`` is off, where the truth lacks the class.
+    """
     cases = {case: row for row, case in enumerate(sorted({score.case for score in scores}))}
     ids = {class_id: column for column, class_id in enumerate(sorted({score.class_id for score in scores}))}
     table = np.full((len(cases), len(ids)), math.nan)
     for score in scores:
         found = value(score)
+        counts = score.present or not present_only
         # An infinite distance has no mean; it is counted as a false-negative case.
-        table[cases[score.case], ids[score.class_id]] = found if score.present and math.isfinite(found) else math.nan
+        table[cases[score.case], ids[score.class_id]] = found if counts and math.isfinite(found) else math.nan
     return table
 
 
@@ -343,13 +405,16 @@ _MEANS: Final[dict[str, tuple[Callable[[ClassScore], float], Callable[[ClassScor
     "hd95": (lambda score: score.hd95, _one),
     "assd": (lambda score: score.assd, _one),
     "volume_error_ml": (lambda score: score.volume_error_ml, _one),
+    "iou": (lambda score: score.iou, _one),
     "dsc_per_slice": (lambda score: score.slice_dsc, _slices_with_class),
     "dsc_per_dataset": (lambda score: score.dsc, _voxels_of_both),
 }
 """What is averaged and what it weighs, by the name of the mean."""
 
 
-def _summarise_class(scores: Sequence[ClassScore], means: dict[str, Interval]) -> ClassSummary:
+def _summarise_class(
+    scores: Sequence[ClassScore], means: dict[str, Interval], batch_pooled: BatchPooled
+) -> ClassSummary:
     """Count what one class has in all cases."""
     present = [score for score in scores if score.present]
     shares = [score.swapped_share for score in scores if not math.isnan(score.swapped_share)]
@@ -371,6 +436,7 @@ def _summarise_class(scores: Sequence[ClassScore], means: dict[str, Interval]) -
         swapped_share=float(np.mean(shares)) if shares else math.nan,
         swap_cases=len(shares),
         has_partner=any(score.swapped_voxels is not None for score in scores),
+        batch_pooled=batch_pooled,
     )
 
 
@@ -416,9 +482,9 @@ def _check_classes(scores: Sequence[ClassScore]) -> None:
                 "give every case a name of its own."
             )
         seen.add((score.case, score.class_id))
-        if score.present and (math.isnan(score.dsc) or math.isnan(score.nsd)):
+        if score.present and any(math.isnan(value) for value in (score.dsc, score.iou, score.nsd)):
             raise InputError(
-                f"Expected DSC and NSD of {score.class_name!r}, which the truth of {score.case!r} has, got none; "
+                f"Expected DSC, IoU and NSD of {score.class_name!r}, which the truth of {score.case!r} has, got none; "
                 "score the case again."
             )
     pairs = sorted({(score.class_id, score.class_name) for score in scores})

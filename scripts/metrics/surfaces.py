@@ -25,7 +25,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from scripts.metrics.masks import Mask, crop_to_union
+from scripts.metrics.masks import Mask, bounding_box, crop_to_union
 
 MARGIN: Final = 6
 """Rows of empty neighbourhoods around the surfaces, so that a search may look this far beyond them."""
@@ -92,13 +92,15 @@ def element_sizes(spacing: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def _extract_surface(mask: Mask, sizes: npt.NDArray[np.float64]) -> Surface:
-    """Number the neighbourhoods of a mask and keep those that are neither empty nor full."""
+    """Number the neighbourhoods in and around a mask and keep those that are neither empty nor full."""
+    box = bounding_box(mask)
     # In C order whatever the mask's own is, which NumPy's padding would keep: distances count on it.
-    codes = _number_neighbourhoods(np.pad(np.ascontiguousarray(mask), MARGIN + 1))
+    codes = _number_neighbourhoods(np.pad(np.ascontiguousarray(mask[box]), 1))
     # In uint8, 0 - 1 is 255: one comparison leaves out both the empty (0) and the full (the last) neighbourhood.
-    border = codes - np.uint8(1) < len(sizes) - 2
-    points = np.flatnonzero(border)
-    return Surface(border=border, points=points, sizes=sizes[codes.ravel()[points]])
+    elements = codes - np.uint8(1) < len(sizes) - 2
+    border = np.zeros([length + 1 + 2 * MARGIN for length in mask.shape], dtype=bool)
+    border[tuple(slice(side.start + MARGIN, side.stop + 1 + MARGIN) for side in box)] = elements
+    return Surface(border=border, points=np.flatnonzero(border), sizes=sizes[codes[elements]])
 
 
 def _number_neighbourhoods(mask: Mask) -> npt.NDArray[np.uint8]:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from scripts.errors import CheckpointError, ConfigError, OutputError
 from scripts.files import atomic_path
+from scripts.networks.positional_prompts import EDGES
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -32,6 +33,7 @@ WRAPPERS = ("model", "state_dict", "network")
 PARALLEL_PREFIX = "module."  # torch.nn.parallel puts it before every name
 # [sic] the release's own spelling; the second is that of the group's older wrapper; the third is ours.
 CLASS_PROMPT_PREFIXES = ("class_prmpt_encoder.", "diffusion_model.", "class_prompt_encoder.")
+WHOLE_PREFIXES = ("class_prompt_encoder.", "decoder.")  # what only this bundle's own networks have, of either kind
 POSITION_TABLE = "image_encoder.pos_embed"
 RELATIVE_TABLES = (".rel_pos_h", ".rel_pos_w")
 NAMES_SHOWN = 3  # of each kind of mismatch
@@ -87,6 +89,15 @@ HUGGING_FACE_RULES = tuple(
         (r"\.layer_norm(\d|_final_attn)\.", r".norm\1."),
     )
 )
+
+
+@runtime_checkable
+class HoldsSamParts(Protocol):
+    """A network whose parts from SAM do not lie in it as SAM's files have them, such as `HSPSAM`."""
+
+    def sam_parts(self) -> nn.Module:
+        """Give the parts by SAM's names, sharing memory with the network."""
+        ...
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -172,14 +183,16 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load a weights file of either kind: a published SAM-like one, or a whole model of this bundle.
 
     Args:
-        network: an `AutoMedSAM`.
+        network: an `AutoMedSAM` or `HSPSAM`.
         path: the file.
 
     Raises:
         CheckpointError: the file is missing, unreadable or of another architecture.
     """
-    whole = any(name.startswith("class_prompt_encoder.") for name in read_state_dict(path))
-    (load_network_weights if whole else load_sam_weights)(network, path)
+    if any(name.startswith(WHOLE_PREFIXES) for name in read_state_dict(path)):
+        load_network_weights(network, path)
+    else:
+        load_sam_weights(network.sam_parts() if isinstance(network, HoldsSamParts) else network, path)
 
 
 def load_class_prompt_encoder(network: nn.Module, path: str | Path) -> None:
@@ -263,9 +276,21 @@ def describe_weights(state: Mapping[str, Tensor]) -> str:
     encoder = _describe_image_encoder(state)
     if any(name.startswith(CLASS_PROMPT_PREFIXES) for name in state):
         return f"a class-prompted network with {encoder}"
+    if any(name.startswith("decoder.") for name in state):
+        return f"a prompt-free network of {_describe_prompts(state)} with {encoder}"
     if any(name.startswith(("unet.", "fc_label.")) for name in state):
         return "a class prompt encoder alone"
     return encoder
+
+
+def _describe_prompts(state: Mapping[str, Tensor]) -> str:
+    """Say which prompts a prompt-free network makes for itself at each level."""
+    for name, tensor in state.items():
+        if name.startswith("abstract_prompts."):
+            return f"{len(tensor)} abstract prompts a level"
+        if name.startswith("position_heads.") and name.endswith(".slopes"):
+            return f"a box and {len(tensor) - len(EDGES)} points a level"
+    return "no prompts"
 
 
 def _describe_image_encoder(state: Mapping[str, Tensor]) -> str:

@@ -114,7 +114,7 @@ class CoarseMaskPrompt(nn.Module):
 
         Args:
             embedding: the level's features, the no-mask embedding added, `(B, 256, h, w)`.
-            prompts: the level's abstract prompts `(B, N, 256)`.
+            prompts: tokens of the level's prompts, `(B, N, 256)`.
             positions: of the grid, `(B, 256, h, w)`.
 
         Returns:
@@ -141,7 +141,7 @@ class ImageSelfAttention(nn.Module):
 
 
 class HierarchicalDecoder(nn.Module):
-    """Decode the levels of an image one after another, the deepest first, each with its own abstract prompts.
+    """Decode the levels of an image one after another, the deepest first, each with its own prompts.
 
     The deepest level starts. Before each further one the prompts of the level before are dropped, those of the level
     are put in their place, and what the level tells is added to the image's map; the tokens of the masks are carried
@@ -188,7 +188,7 @@ class HierarchicalDecoder(nn.Module):
 
         Args:
             features: of each level, `(B, 256, h, w)`.
-            prompts: of each level, `(B, N, 256)`; N may be 0.
+            prompts: tokens of each level's prompts, `(B, N, 256)`; N may be 0.
             positions: of the grid, `(1, 256, h, w)`.
             no_mask: SAM's embedding for want of a mask prompt, `(1, 256, 1, 1)`.
 

@@ -53,8 +53,8 @@ class ModelCard:
         architecture = content.get("architecture", cls.architecture)
         if architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path.name} is of the network {architecture!r}, and this version knows {' and '.join(ARCHITECTURES)}: "
-                "use the version of the bundle that wrote it"
+                f"{path.name} is of the network {architecture!r}, and this version knows "
+                f"{' and '.join(ARCHITECTURES)}: use the version of the bundle that wrote it"
             )
         return cls(**{name: content[name] for name in parts}, architecture=architecture)
 

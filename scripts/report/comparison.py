@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scripts.errors import ConfigError, InputError
 from scripts.metrics.scores import ClassScore
-from scripts.metrics.summaries import compare_scores
+from scripts.metrics.summaries import check_protocol, compare_scores
 from scripts.report.tables import comparison_json, read_scores_csv, render_comparison, write_json
 
 _CASES_NAMED = 5
@@ -29,7 +29,7 @@ def compare_folders(first: Path, second: Path, output: Path, *, common: bool = F
         ConfigError: the runs differ in protocol, unit or tolerance.
         OutputError: the file cannot be written.
     """
-    protocols = [_protocol(folder) for folder in (first, second)]
+    protocols = [_read_protocol(folder) for folder in (first, second)]
     if protocols[0] != protocols[1]:
         raise ConfigError(
             f"expected runs of one protocol, got {protocols[0]!r} in {first} and {protocols[1]!r} in {second}; "
@@ -40,19 +40,22 @@ def compare_folders(first: Path, second: Path, output: Path, *, common: bool = F
     if common:
         runs, note = _common(*runs)
     comparisons = compare_scores(*runs)
-    write_json(comparison_json(comparisons, runs=(first, second)), output / "comparison.json")
-    return note + render_comparison(comparisons, names=(str(first), str(second)))
+    content = comparison_json(comparisons, runs=(first, second), protocol=protocols[0])
+    write_json(content, output / "comparison.json")
+    return note + render_comparison(comparisons, names=(str(first), str(second)), protocol=protocols[0])
 
 
-def _protocol(folder: Path) -> str:
+def _read_protocol(folder: Path) -> str:
     """How the classes of a run were asked for."""
     path = folder / "summary.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["protocol"])
+        protocol = json.loads(path.read_text(encoding="utf-8"))["protocol"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"expected {path} of a finished evaluation, got: {error!r}; give a folder that evaluate or score wrote"
         ) from error
+    check_protocol(protocol)
+    return str(protocol)
 
 
 def _common(first: Sequence[ClassScore], second: Sequence[ClassScore]) -> tuple[list[list[ClassScore]], str]:

@@ -1,7 +1,8 @@
 """A study's table in the form of the paper's, next to the paper's figures; as text, as CSV and as JSON.
 
-All figures are in percent, as in the paper. A figure that does not exist is a dash in the text, an empty cell in the
-CSV file and null in the JSON file.
+All scores are in percent, as in the paper. A figure that does not exist is a dash in the text, an empty cell in the
+CSV file and null in the JSON file. The text has the columns in which there is something to tell: the paper's where a
+row has figures of a paper; in their place IoU and batch-pooled DSC in a table of this bundle's own.
 """
 
 import csv
@@ -9,13 +10,16 @@ import io
 import itertools
 import json
 import math
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from scripts.files import atomic_path
+from scripts.metrics.pooling import BATCH_POOLED, BatchPooled
+from scripts.metrics.scores import ClassScore
 from scripts.metrics.statistics import Comparison, Interval
 
 _MISSING: Final = "-"
@@ -26,13 +30,23 @@ _HEAD: Final = (
     "DSC",
     "NSD",
     "NSD challenge",
+    "IoU",
+    f"DSC {BATCH_POOLED}",
+    "swapped",
     "DSC less reference",
     "p",
+    "parameters",
+    "minutes",
     "paper DSC",
     "paper NSD",
     "paper less reference",
     "comparable",
 )
+_OF_SIDES: Final = ("swapped",)  # only in tables with lateral partners
+_OF_TRAININGS: Final = ("parameters", "minutes")  # only where something was trained
+_OF_PAPERS: Final = ("paper DSC", "paper NSD", "paper less reference")
+_OWN: Final = ("IoU", f"DSC {BATCH_POOLED}")  # only in tables that are no paper's
+_OWN_COLUMNS: Final = _HEAD.index("paper DSC") - 1  # of what was measured here
 _CSV_COLUMNS: Final = (
     "row",
     "seeds",
@@ -47,6 +61,11 @@ _CSV_COLUMNS: Final = (
     "nsd_low",
     "nsd_high",
     "nsd_challenge",
+    "iou",
+    "dsc_batch_pooled",
+    "iou_batch_pooled",
+    "swapped_share",
+    "parameters",
     "training_seconds",
     "difference",
     "difference_low",
@@ -84,23 +103,37 @@ class Scores:
         dsc: with its interval over patients.
         nsd: with its interval over patients.
         nsd_challenge: the mean of the MedSAM challenge's NSD; NaN where it was not computed.
+        iou: the mean of the cases' intersection over union, as that of the DSC.
+        batch_pooled: DSC and IoU of whole batches of cases, for comparison with older tables.
         classes: mean DSC of each class.
         seed_deviation: standard deviation of the mean DSC over the trainings; NaN of a single one.
-        training_seconds: of one training, mean over the seeds.
+        training_seconds: of one training, mean over the seeds; NaN where there was none.
         noise_deviation: standard deviation of the mean DSC over draws of the network's noise; NaN where none were made.
         difference: of the DSC to the reference row, over the same cases; None for the reference itself and where the
             reference has no scores.
+        parameters: that learnt in a training; None where there was none.
+        swaps: of each class with a lateral partner the share of swapped voxels, see `mean_swaps`.
     """
 
     seeds: int
     dsc: Interval
     nsd: Interval
     nsd_challenge: float
+    iou: float
+    batch_pooled: BatchPooled
     classes: Mapping[str, float]
     seed_deviation: float
     noise_deviation: float
     training_seconds: float
     difference: Comparison | None = None
+    parameters: int | None = None
+    swaps: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def swapped_share(self) -> float:
+        """Mean of `swaps` over the classes that were predicted, 0 to 1; NaN where there is none."""
+        known = [share for share in self.swaps.values() if not math.isnan(share)]
+        return statistics.fmean(known) if known else math.nan
 
 
 @dataclass(frozen=True)
@@ -124,6 +157,28 @@ class RowOutcome:
     reference: str | None
 
 
+def mean_swaps(evaluations: Sequence[Sequence[ClassScore]]) -> dict[str, float]:
+    """Give the share of the predicted voxels that lie in the truth of the other side.
+
+    Args:
+        evaluations: of one row, one for each seed.
+
+    Returns:
+        Class with a lateral partner -> mean over the cases with a prediction, then over the evaluations, 0 to 1; NaN
+        where nothing was predicted.
+    """
+    shares: dict[str, list[float]] = {}
+    for scores in evaluations:
+        of_classes: dict[str, list[float]] = {}
+        for score in scores:
+            if score.swapped_voxels is not None:
+                known = of_classes.setdefault(score.class_name, [])
+                known += [] if math.isnan(score.swapped_share) else [score.swapped_share]
+        for name, known in of_classes.items():
+            shares.setdefault(name, []).extend([statistics.fmean(known)] if known else [])
+    return {name: statistics.fmean(known) if known else math.nan for name, known in shares.items()}
+
+
 def render_study(rows: Sequence[RowOutcome], *, title: str, caption: Sequence[str]) -> str:
     """Show a study as an aligned plain-text table.
 
@@ -137,8 +192,10 @@ def render_study(rows: Sequence[RowOutcome], *, title: str, caption: Sequence[st
         the last column points.
     """
     remarks = _remarks(rows)
-    cells = [list(_HEAD), *(_row_cells(row, rows, remarks) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    lines = [list(_HEAD), *(_row_cells(row, rows, remarks) for row in rows)]
+    left_out = _columns_left_out(rows)
+    cells = [[cell for name, cell in zip(_HEAD, line, strict=True) if name not in left_out] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     head, *body = [_aligned(line, widths) for line in cells]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     parts = [*_wrapped([title, *caption]), "", head, rule, *body, rule, *_wrapped(_orders(rows))]
@@ -189,6 +246,14 @@ def agreement(rows: Sequence[RowOutcome]) -> tuple[int, int, list[tuple[str, str
     return len(pairs) - len(turned), len(pairs), turned
 
 
+def _columns_left_out(rows: Sequence[RowOutcome]) -> set[str]:
+    """Name the columns that have nothing to tell."""
+    of_a_paper = any(row.paper for row in rows)
+    trained = any(row.scores and row.scores.parameters is not None for row in rows)
+    needed = {_OF_PAPERS: of_a_paper, _OWN: not of_a_paper, _OF_TRAININGS: trained, _OF_SIDES: _have_sides(rows)}
+    return {name for names, wanted in needed.items() if not wanted for name in names}
+
+
 def _remarks(rows: Sequence[RowOutcome]) -> dict[str, int]:
     """Number what is said of the rows beyond a verdict, each text once."""
     texts = dict.fromkeys(
@@ -212,7 +277,7 @@ def _verdict(comparable: str) -> str:
 def _own_cells(scores: Scores | None) -> list[str]:
     """What was measured here."""
     if scores is None:
-        return [_MISSING] * 6
+        return [_MISSING] * _OWN_COLUMNS
     difference, p_value = _MISSING, _MISSING
     if scores.difference is not None:
         interval = scores.difference.difference
@@ -224,8 +289,13 @@ def _own_cells(scores: Scores | None) -> list[str]:
         f"{_percent(scores.dsc.mean)}{spread}{_range(scores.dsc)}",
         f"{_percent(scores.nsd.mean)}{_range(scores.nsd)}",
         _percent(scores.nsd_challenge),
+        _percent(scores.iou),
+        _percent(scores.batch_pooled.dsc),
+        _percent(scores.swapped_share),
         difference,
         p_value,
+        _MISSING if scores.parameters is None else f"{scores.parameters / 1e6:.2f}",
+        _MISSING if math.isnan(scores.training_seconds) else f"{scores.training_seconds / 60:.1f}",
     ]
 
 
@@ -250,9 +320,19 @@ def _orders(rows: Sequence[RowOutcome]) -> list[str]:
     spread = ", ".join(f"{name} {_percent(value)}" for name, value in drawn if not math.isnan(value))
     if spread:
         lines.append(f"Standard deviation of the DSC over draws of the network's noise: {spread}.")
+    if _have_sides(rows):
+        lines.append(
+            "Swapped: share of the predicted voxels of a class that lie in the truth of the other side, mean over the "
+            "cases with a prediction, then over the classes with two sides and over the seeds."
+        )
     if any(row.paper and row.paper.basis == "inferred" for row in rows):
         lines.append("* the paper's print does not tell to which settings the figure belongs; it was inferred.")
     return lines
+
+
+def _have_sides(rows: Sequence[RowOutcome]) -> bool:
+    """Whether a class has a lateral partner, so that sides can be swapped."""
+    return any(row.scores and row.scores.swaps for row in rows)
 
 
 def _percent(value: float) -> str:
@@ -301,8 +381,14 @@ def _scores_entry(scores: Scores) -> dict[str, Any]:
         "dsc_seed_deviation": _number(scores.seed_deviation),
         "dsc_noise_deviation": _number(scores.noise_deviation),
         "nsd_challenge": _number(scores.nsd_challenge),
+        "iou": _number(scores.iou),
+        "dsc_batch_pooled": _number(scores.batch_pooled.dsc),
+        "iou_batch_pooled": _number(scores.batch_pooled.iou),
+        "swapped_share": _number(scores.swapped_share),
+        "parameters": scores.parameters,
         "training_seconds": None if math.isnan(scores.training_seconds) else scores.training_seconds,
         "classes": {name: _number(value) for name, value in scores.classes.items()},
+        "swaps": {name: _number(value) for name, value in scores.swaps.items()},
         **_ends("dsc", scores.dsc),
         **_ends("nsd", scores.nsd),
     }

@@ -17,9 +17,10 @@ from typing import Any, Final
 
 from scripts.errors import ConfigError, InputError, OutputError
 from scripts.files import atomic_path
+from scripts.metrics.pooling import BATCH_POOLED, BatchPooled
 from scripts.metrics.scores import ClassScore
 from scripts.metrics.statistics import LEVEL, RESAMPLES, Interval
-from scripts.metrics.summaries import AVERAGINGS, ClassSummary, RunComparison, Summary
+from scripts.metrics.summaries import AVERAGINGS, SWAPPED, ClassSummary, RunComparison, Summary
 
 _PROTOCOL_TEXT: Final = {
     "all": "every class was asked for on every slice, so what is predicted on slices without it counts as an error",
@@ -33,11 +34,17 @@ _AVERAGING_TEXT: Final = {
 }
 _DSC_MEANS: Final = {"case": "dsc", "slice": "dsc_per_slice", "dataset": "dsc_per_dataset"}
 _UNIT_TEXT: Final = {
-    "mm": "NSD, HD95 and ASSD over each volume in 3D, averaged over the same cases",
+    "mm": "NSD, HD95 and ASSD over each volume in 3D, averaged over the cases with the class",
     "px": "NSD, HD95 and ASSD per slice in 2D, NSD averaged over the slices whose truth or prediction contains the "
-    "class, distances over those where both do, then over the same cases",
+    "class, distances over those where both do, then over the cases with the class",
 }
-_SCORE_NAMES: Final = {"dsc": "DSC", "nsd": "NSD", "nsd_challenge": "NSD of the challenge"}
+_SCORE_NAMES: Final = {
+    "dsc": "DSC",
+    "nsd": "NSD",
+    "nsd_challenge": "NSD of the challenge",
+    SWAPPED: "Swapped sides, share of the predicted voxels",
+}
+_WITH_TOLERANCE: Final = ("nsd", "nsd_challenge")
 _COLUMNS: Final = tuple("class" if field.name == "class_name" else field.name for field in fields(ClassScore))
 _MISSING: Final = "-"
 _PER_CENT: Final = 100
@@ -48,7 +55,8 @@ def render_table(summary: Summary, *, averaging: str = "case") -> str:
 
     Args:
         summary: Averages of one evaluation.
-        averaging: How the DSC is averaged, "case", "slice" or "dataset"; all else is per case.
+        averaging: How the DSC is averaged, "case", "slice" or "dataset", all else being per case; or "batch-pooled", as
+            then the IoU is too.
 
     Returns:
         A caption that names the protocol and the averaging, then both tables, each with one line per class. Scores are
@@ -78,23 +86,31 @@ def render_tables(summaries: Sequence[Summary], *, averaging: str = "case") -> s
     return "\n".join(render_table(summary, averaging=averaging) for summary in summaries)
 
 
-def render_comparison(comparisons: Sequence[RunComparison], *, names: Sequence[str]) -> str:
+def render_comparison(comparisons: Sequence[RunComparison], *, names: Sequence[str], protocol: str) -> str:
     """Show two runs side by side as plain-text tables, one per score and unit.
 
     Args:
         comparisons: Of one pair of runs.
         names: What to call the first and the second run.
+        protocol: How the classes were asked for in both runs.
 
     Returns:
-        For each class and the mean of the classes: both runs' means, the second less the first with its interval, the
-        p-value and the verdict on the second.
+        A caption that names the protocol and the averaging, and for each class and the mean of the classes: both runs'
+        means, the second less the first with its interval, the p-value and the verdict on the second.
     """
-    caption = textwrap.fill(
+    lines = [
+        f'Protocol "{protocol}": {_PROTOCOL_TEXT[protocol]}.',
+        f"Averaging per case: {_AVERAGING_TEXT['case']}, NSD over the same cases. Mean: unweighted over the classes "
+        "that occur.",
         f"Second run ({names[1]}) less first ({names[0]}), case by case; interval: {_interval_text()}; p: Wilcoxon's "
         "signed-rank test over patients, two-sided; verdict on the second run by whether the interval excludes zero.",
-        width=100,
-        subsequent_indent="  ",
-    )
+    ]
+    if any(entry.score == SWAPPED for entry in comparisons):
+        lines.append(
+            "Swapped sides: share of the predicted voxels that lie in the truth of the other side, over the cases in "
+            "which both runs have predicted the class; the lower the better."
+        )
+    caption = "\n".join(textwrap.fill(line, width=100, subsequent_indent="  ") for line in lines)
     return "\n\n".join([caption, *(_comparison_table(entry) for entry in comparisons)]) + "\n"
 
 
@@ -156,6 +172,7 @@ def write_summary_json(summaries: Sequence[Summary], path: Path) -> None:
         "protocol": summaries[0].protocol,
         "averaging": {
             **{name: _AVERAGING_TEXT[averaging] for averaging, name in _DSC_MEANS.items()},
+            BATCH_POOLED: _pooled_text(summaries[0].pooled_batch),
             "others": "per case, as dsc",
             "mean": "unweighted over the classes that a truth contains",
         },
@@ -165,16 +182,19 @@ def write_summary_json(summaries: Sequence[Summary], path: Path) -> None:
     write_json(content, path)
 
 
-def comparison_json(comparisons: Sequence[RunComparison], *, runs: Sequence[Path]) -> dict[str, Any]:
+def comparison_json(comparisons: Sequence[RunComparison], *, runs: Sequence[Path], protocol: str) -> dict[str, Any]:
     """Two runs compared, for other programs; see ``write_json``.
 
     Args:
         comparisons: Of one pair of runs.
         runs: Folders of the first and the second run.
+        protocol: How the classes were asked for in both runs.
     """
     return {
         "first": str(runs[0]),
         "second": str(runs[1]),
+        "protocol": protocol,
+        "averaging": _AVERAGING_TEXT["case"],
         "intervals": {"text": _interval_text(), "level": LEVEL, "resamples": RESAMPLES},
         "scores": [
             {
@@ -210,8 +230,7 @@ def _caption(summary: Summary, averaging: str) -> str:
     count = sum(1 for entry in summary.classes if entry.cases)
     lines = [
         f'Protocol "{summary.protocol}": {_PROTOCOL_TEXT[summary.protocol]}.',
-        f"Averaging per {'data set' if averaging == 'dataset' else averaging}: {_AVERAGING_TEXT[averaging]}; "
-        f"{_UNIT_TEXT[summary.unit]}.",
+        f"Averaging {_averaging_text(summary, averaging)}; {_UNIT_TEXT[summary.unit]}.",
         f"Mean: unweighted over the {count} of {len(summary.classes)} classes that occur. Intervals: "
         f"{_interval_text()}; {summary.patients} patients, {summary.cases} cases.",
         "without: cases that lack the class, counted and not averaged. missed: cases with the class and no prediction. "
@@ -226,30 +245,58 @@ def _caption(summary: Summary, averaging: str) -> str:
     return "\n".join(textwrap.fill(line, width=100, subsequent_indent="  ") for line in lines)
 
 
+def _averaging_text(summary: Summary, averaging: str) -> str:
+    """Say how DSC and IoU are averaged."""
+    if averaging == BATCH_POOLED:
+        return f"{BATCH_POOLED}: {_pooled_text(summary.pooled_batch)}"
+    return (
+        f"per {'data set' if averaging == 'dataset' else averaging}: {_AVERAGING_TEXT[averaging]}; IoU over all slices "
+        "of a case pooled, averaged over the cases with the class"
+    )
+
+
+def _pooled_text(batch: int) -> str:
+    """Say what is batch-pooled, and why it is no mean per case."""
+    return (
+        f"DSC and IoU over all voxels of a batch as one mask (batch of {batch}: so many cases in the order of their "
+        "names, those without the class too), averaged over the batches weighted by their size; both depend on the "
+        "batch and are no means per case"
+    )
+
+
 def _interval_text() -> str:
     return f"{LEVEL * _PER_CENT:g} % of {RESAMPLES} bootstrap samples that draw patients"
 
 
 def _score_rows(summary: Summary, averaging: str) -> list[list[str]]:
     """Head, classes and mean of the table of scores."""
-    dsc, unit = _DSC_MEANS[averaging], summary.unit
-    head = ["class", "DSC", f"NSD @ {summary.tolerance:g} {unit}", "DSC 95 %", "NSD 95 %", "NSD challenge"]
+    unit = summary.unit
+    head = ["class", "DSC", f"NSD @ {summary.tolerance:g} {unit}", "DSC 95 %", "NSD 95 %", "NSD challenge", "IoU"]
     head += [f"HD95 {unit}", f"ASSD {unit}"]
-    named = [*((entry.class_name, entry.means) for entry in summary.classes), ("mean", summary.means)]
-    rows = [
-        [
-            name,
-            _score_text(means[dsc].mean),
-            _score_text(means["nsd"].mean),
-            _range_text(means[dsc]),
-            _range_text(means["nsd"]),
-            _score_text(means["nsd_challenge"].mean),
-            _number_text(means["hd95"].mean),
-            _number_text(means["assd"].mean),
-        ]
-        for name, means in named
+    named: list[tuple[str, ClassSummary | Summary]] = [(entry.class_name, entry) for entry in summary.classes]
+    named.append(("mean", summary))
+    return [head, *(_score_row(name, entry, averaging) for name, entry in named)]
+
+
+def _score_row(name: str, entry: ClassSummary | Summary, averaging: str) -> list[str]:
+    """The scores of one class or of their mean, in the order of the head."""
+    means = entry.means
+    if averaging == BATCH_POOLED:
+        dsc, interval, iou = entry.batch_pooled.dsc, _MISSING, entry.batch_pooled.iou
+    else:
+        of_dsc = means[_DSC_MEANS[averaging]]
+        dsc, interval, iou = of_dsc.mean, _range_text(of_dsc), means["iou"].mean
+    return [
+        name,
+        _score_text(dsc),
+        _score_text(means["nsd"].mean),
+        interval,
+        _range_text(means["nsd"]),
+        _score_text(means["nsd_challenge"].mean),
+        _score_text(iou),
+        _number_text(means["hd95"].mean),
+        _number_text(means["assd"].mean),
     ]
-    return [head, *rows]
 
 
 def _count_head(summary: Summary) -> list[str]:
@@ -279,7 +326,7 @@ def _has_sides(summary: Summary) -> bool:
 
 def _comparison_table(entry: RunComparison) -> str:
     """One score of two runs."""
-    place = f" @ {entry.tolerance:g} {entry.unit}" if entry.score != "dsc" else ""
+    place = f" @ {entry.tolerance:g} {entry.unit}" if entry.score in _WITH_TOLERANCE else ""
     title = f"{_SCORE_NAMES[entry.score]}{place}, {'volumes' if entry.unit == 'mm' else 'planar cases'}"
     head = ["class", "first", "second", "difference", "95 %", "p", "cases", "verdict"]
     rows = [
@@ -291,10 +338,10 @@ def _comparison_table(entry: RunComparison) -> str:
             _range_text(found.difference, signed=True),
             _MISSING if math.isnan(found.p_value) else f"{found.p_value:.4f}",
             str(found.difference.cases),
-            found.verdict,
+            verdict,
         ]
-        for name, first, second, found in zip(
-            (*entry.class_names, "mean"), entry.first, entry.second, entry.comparisons, strict=True
+        for name, first, second, found, verdict in zip(
+            (*entry.class_names, "mean"), entry.first, entry.second, entry.comparisons, entry.verdicts, strict=True
         )
     ]
     return f"{title}\n\n{_rendered([head, *rows], footer=1)}"
@@ -351,7 +398,8 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
         "tolerance": summary.tolerance,
         "cases": summary.cases,
         "patients": summary.patients,
-        "mean": _means_json(summary.means),
+        "pooled_batch": summary.pooled_batch,
+        "mean": {**_means_json(summary.means), BATCH_POOLED: _pooled_json(summary.batch_pooled)},
         "classes": {entry.class_name: _class_json(entry) for entry in summary.classes},
     }
 
@@ -364,11 +412,17 @@ def _means_json(means: dict[str, Interval]) -> dict[str, Any]:
     }
 
 
+def _pooled_json(pooled: BatchPooled) -> dict[str, float | None]:
+    """What is batch-pooled, which has no interval."""
+    return {"dsc": _null(pooled.dsc), "iou": _null(pooled.iou)}
+
+
 def _class_json(entry: ClassSummary) -> dict[str, Any]:
     """One class's entry in the JSON file."""
     return {
         "id": entry.class_id,
         **_means_json(entry.means),
+        BATCH_POOLED: _pooled_json(entry.batch_pooled),
         "cases": entry.cases,
         "cases_without": entry.cases_without,
         "patients": entry.means["dsc"].patients,
@@ -402,9 +456,11 @@ def _comparisons_json(entry: RunComparison) -> list[dict[str, Any]]:
             "p_value": _null(found.p_value),
             "cases": found.difference.cases,
             "patients": found.difference.patients,
-            "verdict": found.verdict,
+            "verdict": verdict,
         }
-        for first, second, found in zip(entry.first, entry.second, entry.comparisons, strict=True)
+        for first, second, found, verdict in zip(
+            entry.first, entry.second, entry.comparisons, entry.verdicts, strict=True
+        )
     ]
 
 
@@ -449,7 +505,7 @@ _PARSERS: Final[dict[str, Callable[[str], Any]]] = {
     "tolerance": float,
     "swapped_voxels": lambda cell: int(cell) if cell else None,
     **dict.fromkeys(
-        ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml", "slice_dsc"),
+        ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml", "slice_dsc", "iou"),
         _parse_score,
     ),
 }

@@ -124,10 +124,10 @@ def test_a_reloaded_model_gives_the_same_masks_bit_for_bit(trained, tmp_path):
 
 
 def test_evaluation_takes_the_network_from_the_card(trained, tiny_phantoms, tmp_path):
-    text = cli.evaluate(
-        str(tiny_phantoms), checkpoint=str(trained / "model.pt"), output=str(tmp_path), progress_bar=False
-    )
+    settings = {"attention_pictures": True, "progress_bar": False}
+    text = cli.evaluate(str(tiny_phantoms), checkpoint=str(trained / "model.pt"), output=str(tmp_path), **settings)
     assert "liver" in text
+    assert len(list((tmp_path / "attention").glob("*.png"))) == 2
     table = rows(tmp_path / "metrics.csv")
     assert len(table) == 10  # two cases, five classes
     record = json.loads((tmp_path / "run.json").read_text())

@@ -250,9 +250,10 @@ def test_the_run_is_recorded(make_case, vocabulary, tmp_path):
 
 
 def test_pictures_and_quality_of_an_earlier_evaluation_go_and_other_files_stay(make_case, vocabulary, tmp_path):
-    mine = ["notes.txt", "quality.json", "metrics.csv", "pictures/mine.png"]
-    (tmp_path / "pictures").mkdir()
-    for name in (*mine, *QUALITY_FILES, "pictures/old__liver.png"):
+    mine = ["notes.txt", "quality.json", "metrics.csv", "pictures/mine.png", "attention/mine.png"]
+    for folder in ("pictures", "attention"):
+        (tmp_path / folder).mkdir()
+    for name in (*mine, *QUALITY_FILES, "pictures/old__liver.png", "attention/old.png", "attention/old.npz"):
         (tmp_path / name).touch()
     scores = CaseScores(class_ids=[1, 2], vocabulary=vocabulary)
     evaluator_of([make_case("a")], scores, ForgetEarlierRun(tmp_path)).run()

@@ -2,6 +2,7 @@
 
 import builtins
 import csv
+import json
 import logging
 import os
 import sys
@@ -10,9 +11,12 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scripts import cli
 from scripts.engines.tracking import DATABASE, EXPERIMENT, LONGEST_PARAMETER, LossAsList, TrackRun
 from scripts.errors import ConfigError
+from scripts.networks.checkpoints import save_state_dict
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is optional")
 pytest.importorskip("sqlalchemy", reason="MLflow's database is optional")
@@ -186,13 +190,26 @@ def run(bundle_root, settings):
     return run
 
 
-def test_a_training_is_in_mlflow_as_it_is_in_its_table(tmp_path, client_of, bundle_root, settings):
-    workflow = ConfigWorkflow(
-        config_file=str(bundle_root / "configs" / "train.json"), logging_file=False, bundle_root=str(bundle_root)
-    )
-    workflow.parser.update({**settings, "output_dir": str(tmp_path), "tracking": "mlflow"})
-    workflow.initialize()
-    workflow.run()
+@pytest.fixture(scope="module")
+def track(bundle_root, settings):
+    """Run configs with the bundle's own tracking, whose setting has the name of an argument of MONAI's."""
+
+    def track(*names, **overrides):
+        workflow = ConfigWorkflow(
+            config_file=[str(bundle_root / "configs" / name) for name in names],
+            logging_file=False,
+            bundle_root=str(bundle_root),
+        )
+        workflow.parser.update({**settings, "tracking": "mlflow", **overrides})
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+
+    return track
+
+
+def test_a_training_is_in_mlflow_as_it_is_in_its_table(track, tmp_path, client_of):
+    track("train.json", output_dir=str(tmp_path))
     client = client_of(tmp_path)
     (logged,) = runs_of(client)
     with open(tmp_path / "epochs.csv", newline="") as file:
@@ -204,6 +221,59 @@ def test_a_training_is_in_mlflow_as_it_is_in_its_table(tmp_path, client_of, bund
     assert logged.info.status == "FINISHED"
     assert logged.data.params["class_ids"] == "[1, 4]"
     assert {item.path for item in client.list_artifacts(logged.info.run_id)} == {"epochs.csv", "model.json"}
+
+
+def test_an_evaluation_is_in_mlflow_and_tensorboard_as_it_is_in_its_table(track, tmp_path, client_of, build_network):
+    save_state_dict(build_network(seed=5).state_dict(), tmp_path / "model.pt")
+    output = tmp_path / "evaluated"
+    track(
+        "train.json",
+        "evaluate.json",
+        output_dir=str(output),
+        checkpoint=str(tmp_path / "model.pt"),
+        class_ids=[1, 2, 3, 4, 5],
+        tensorboard=True,
+    )
+    scores = json.loads((output / "summary.json").read_text())["units"]["mm"]
+    expected = {f"val_mean_{name}": scores["mean"][name] for name in ("dsc", "nsd")} | {
+        f"val_{organ.replace(' ', '_')}_{name}": entry[name]
+        for organ, entry in scores["classes"].items()
+        for name in ("dsc", "nsd")
+    }
+    assert len(expected) == 2 * 6
+    client = client_of(output)
+    (logged,) = runs_of(client)
+    assert logged.data.metrics == expected
+    assert logged.data.params["samples"] == "1"
+    kept = {item.path for item in client.list_artifacts(logged.info.run_id)}
+    assert kept == {"metrics.csv", "summary.json", "run.json"}
+    events = EventAccumulator(str(output))
+    events.Reload()
+    for name, value in expected.items():
+        (found,) = events.Scalars(name)
+        assert (found.step, found.value) == (1, pytest.approx(value, rel=1e-6))
+
+
+@pytest.mark.slow
+def test_the_command_tracks_training_and_evaluation(tmp_path, client_of, tiny_phantoms):
+    """Loss `iou` in training, so that the evaluation predicts its own DSC by the head that learned it."""
+    trained, evaluated = tmp_path / "trained", tmp_path / "evaluated"
+    words = ["--image_size", "32", "--channels", "[8,16,32]", "--progress_bar", "false", "--tensorboard", "false"]
+    losses = "['mse_sparse','mse_dense','dice','cross_entropy','shape_distance','iou']"
+    command = ["train", tiny_phantoms, "--from_scratch", "--max_epochs", "1", "--losses", losses, *words]
+    cli.main([str(word) for word in (*command, "--tracking", "mlflow", "--output", trained)])
+    (logged,) = runs_of(client_of(trained))
+    assert {"train_iou", "train_lambda_iou", "val_mean_dsc", "val_mean_nsd"} <= set(logged.data.metrics)
+    command = ["evaluate", tiny_phantoms, "--checkpoint", trained / "model.pt", "--progress_bar", "false"]
+    cli.main([str(word) for word in (*command, "--tracking", "mlflow", "--output", evaluated)])
+    (logged,) = runs_of(client_of(evaluated))
+    assert {"val_mean_dsc", "val_mean_nsd"} <= set(logged.data.metrics)
+    rows = list(csv.DictReader((evaluated / "quality.csv").open(newline="")))
+    drawn = [row for row in rows if int(row["predicted_voxels"])]
+    assert drawn, "empty predictions prove nothing"
+    assert all(0 <= float(row["predicted_by_head"]) <= 1 for row in drawn)
+    pairs = json.loads((evaluated / "calibration.json").read_text())["predicted_by_head"]["pairs"]
+    assert pairs == sum(row["dsc"] != "" for row in drawn)
 
 
 @pytest.mark.slow

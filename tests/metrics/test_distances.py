@@ -1,11 +1,13 @@
 """Surface distances against a distance transform of the whole grid, and hand-derived values."""
 
+import itertools
 import math
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.spatial.distance import cdist
 
 from scripts.errors import ConfigError, InputError
 from scripts.metrics.distances import SurfaceDistances, measure_distances, nearest_distances
@@ -88,6 +90,28 @@ def test_every_element_finds_its_nearest(share: float) -> None:
     here, there = (np.argwhere(surface.border) * spacing for surface in (source, target))
     expected = [np.sqrt(((there - position) ** 2).sum(axis=1)).min() for position in here]
     np.testing.assert_allclose(nearest_distances(source, target, spacing), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("most_pairs", [1, 50, 2**18])
+def test_surfaces_far_apart_are_measured_without_a_tree(monkeypatch: pytest.MonkeyPatch, most_pairs: int) -> None:
+    monkeypatch.setattr("scripts.metrics.distances._MOST_PAIRS", most_pairs)
+    monkeypatch.setattr("scipy.spatial.cKDTree", None)  # would fail
+    spacing = np.array([0.8, 0.8, 2.5])
+    masks = ball((56, 56, 56), (16, 17, 15), 11), ball((56, 56, 56), (40, 38, 41), 13)
+    for source, target in itertools.permutations(extract_surfaces(*masks, spacing=spacing.tolist())):
+        here, there = (np.argwhere(surface.border) * spacing for surface in (source, target))
+        expected = cdist(here, there).min(axis=1)
+        np.testing.assert_allclose(nearest_distances(source, target, spacing), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("radius", [5, 9])
+def test_a_surface_around_another_is_measured_from_both(radius: int) -> None:
+    spacing = np.array([1.0, 1.3, 0.7])
+    masks = ball((48, 48, 48), (24, 24, 24), radius), ball((48, 48, 48), (23, 24, 25), 20)
+    for source, target in itertools.permutations(extract_surfaces(*masks, spacing=spacing.tolist())):
+        here, there = (np.argwhere(surface.border) * spacing for surface in (source, target))
+        expected = cdist(here, there).min(axis=1)
+        np.testing.assert_allclose(nearest_distances(source, target, spacing), expected, rtol=1e-14)
 
 
 def distances(

@@ -95,6 +95,7 @@ def test_shifted_squares_by_hand() -> None:
     assert found.nsd == pytest.approx((20 + ROOT_2) / (36 + 2 * ROOT_2))
     assert (found.hd95, found.hd100) == (4.0, 4.0)
     assert found.dsc == pytest.approx(2 * 60 / 200)
+    assert found.iou == pytest.approx(60 / 140)
 
 
 def test_a_far_speck_is_left_out_of_hd95_only() -> None:
@@ -125,7 +126,7 @@ def test_directions_change_places_with_the_masks(shape: tuple[int, ...]) -> None
 
 def test_equal_masks() -> None:
     mask = box((9, 8, 7), (2, 9), (0, 8), (3, 4))
-    assert compare_masks(mask, mask, spacing=(1, 2, 3)) == PairMetrics(1, 1, 0, 0, 0, 0, 0, 0)
+    assert compare_masks(mask, mask, spacing=(1, 2, 3)) == PairMetrics(1, 1, 0, 0, 0, 0, 0, 0, 1)
 
 
 def test_masks_of_the_whole_image() -> None:
@@ -151,9 +152,9 @@ def test_empty_masks_follow_the_table(shape: tuple[int, ...]) -> None:
     volume = math.prod(shape) * 8 / 1000 if len(shape) == 3 else math.nan
     nan, inf = math.nan, math.inf
     expected = {
-        "both": (nothing, nothing, (nan, nan, inf, inf, inf, inf, inf, 0 * volume)),
-        "prediction": (nothing, full, (0, 0, inf, inf, inf, inf, inf, -volume)),
-        "truth": (full, nothing, (0, 0, inf, inf, inf, inf, inf, volume)),
+        "both": (nothing, nothing, (nan, nan, inf, inf, inf, inf, inf, 0 * volume, nan)),
+        "prediction": (nothing, full, (0, 0, inf, inf, inf, inf, inf, -volume, 0)),
+        "truth": (full, nothing, (0, 0, inf, inf, inf, inf, inf, volume, 0)),
     }
     for prediction, truth, values in expected.values():
         found = compare_masks(prediction, truth, spacing=spacing)
@@ -177,6 +178,7 @@ def test_slices_are_averaged_where_they_have_something() -> None:
     assert (found.slices, found.slices_without_distance) == (4, 2)
     assert found.mean.nsd == pytest.approx((1 + alone.nsd + 0 + 0) / 4)
     assert found.mean.dsc == pytest.approx(2 * 180 / 600)  # over all pixels together
+    assert found.mean.iou == pytest.approx(180 / 420)
     assert (found.mean.hd95, found.mean.hd100) == (alone.hd95 / 2, alone.hd100 / 2) == (1, 1)
     assert found.mean.assd == pytest.approx(alone.assd / 2)
     assert found.mean.mean_to_truth == pytest.approx(alone.mean_to_truth / 2)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from scripts.errors import ConfigError, InputError
 from scripts.metrics.challenge import nsd_challenge, nsd_challenge_by_class
-from scripts.metrics.masks import dice_score
+from scripts.metrics.masks import Overlap, count_overlap, dice_score
 from scripts.metrics.pairs import compare_masks
 from scripts.metrics.scores import ClassScore, normalized_surface_dice, score_case, without_names
 
@@ -165,6 +166,7 @@ def test_planar_score_is_the_mean_over_slices_with_the_class() -> None:
     assert score.nsd == pytest.approx((0.5923 + 0.3321) / 4, abs=5e-5)
     overlap = np.count_nonzero(prediction & truth)
     assert score.dsc == pytest.approx(2 * overlap / (np.count_nonzero(prediction) + np.count_nonzero(truth)))
+    assert score.iou == overlap / np.count_nonzero(prediction | truth)
     assert (score.slices, score.absent_slices, score.false_positive_slices) == (5, 2, 1)
 
 
@@ -231,11 +233,12 @@ def test_class_missing_in_the_truth_is_not_a_number(planar: bool, predicted: boo
     prediction = truth.copy()
     prediction[2:5, 2:5, 1:3] = predicted
     score = one_class(prediction, truth, planar=planar)
-    missing = (score.dsc, score.nsd, score.nsd_challenge, score.hd95, score.assd, score.slice_dsc)
+    missing = (score.dsc, score.iou, score.nsd, score.nsd_challenge, score.hd95, score.assd, score.slice_dsc)
     assert all(math.isnan(value) for value in missing)
     assert score.volume_error_ml == pytest.approx(math.nan if planar else 18e-3 * predicted, nan_ok=True)
     assert not score.present
     assert (score.absent_slices, score.false_positive_slices) == (4, 2 if predicted else 0)
+    assert score.overlap == Overlap(predicted=18 * predicted, true=0, common=0)
 
 
 @pytest.mark.parametrize("planar", [True, False])
@@ -243,6 +246,7 @@ def test_class_missed_altogether_scores_zero(planar: bool) -> None:
     truth = box((10, 12, 4), (2, 5), (2, 5), (1, 3))
     score = one_class(np.zeros_like(truth), truth, planar=planar)
     assert (score.dsc, score.nsd, score.nsd_challenge, score.slice_dsc, score.present) == (0.0, 0.0, 0.0, 0.0, True)
+    assert (score.iou, score.overlap) == (0.0, Overlap(predicted=0, true=18, common=0))
     assert (score.hd95, score.assd) == (math.inf, math.inf)
     assert score.volume_error_ml == pytest.approx(math.nan if planar else -0.018, nan_ok=True)
 
@@ -263,8 +267,22 @@ def test_all_scores_of_a_volume_are_those_of_the_pair_of_masks() -> None:
     prediction, truth = two_blocks()
     for score, predicted, true in zip(score_two(prediction, truth), prediction, truth, strict=True):
         pair = compare_masks(predicted, true, spacing=(0.7, 1.1, 3.0))
-        found = (score.dsc, score.nsd, score.hd95, score.assd, score.volume_error_ml)
-        assert found == (pair.dsc, pair.nsd, pair.hd95, pair.assd, pair.volume_error_ml)
+        found = (score.dsc, score.iou, score.nsd, score.hd95, score.assd, score.volume_error_ml)
+        assert found == (pair.dsc, pair.iou, pair.nsd, pair.hd95, pair.assd, pair.volume_error_ml)
+        assert score.overlap == count_overlap(predicted, true)
+
+
+def test_common_voxels_follow_exactly_from_the_dice() -> None:
+    """Up to volumes that no memory holds."""
+    generator = np.random.default_rng(11)
+    (score, _) = score_two(*two_blocks())
+    for largest in (10, 10**4, 10**9, 2**48):
+        for _ in range(500):
+            true, predicted = (int(value) for value in generator.integers(1, largest, 2, endpoint=True))
+            common = int(generator.integers(0, min(true, predicted) + 1))
+            overlap = Overlap(predicted=predicted, true=true, common=common)
+            changed = replace(score, dsc=overlap.dsc, truth_voxels=true, predicted_voxels=predicted)
+            assert changed.overlap == overlap
 
 
 def test_the_challenge_gets_a_volume_as_its_files_hold_it() -> None:

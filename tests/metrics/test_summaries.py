@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from scripts.errors import ConfigError, InputError
+from scripts.metrics.pooling import BatchPooled
 from scripts.metrics.scores import ClassScore, score_case
 from scripts.metrics.statistics import class_intervals, compare_runs
 from scripts.metrics.summaries import compare_scores, summarise, summarise_units
@@ -37,6 +38,7 @@ def class_score(case: str, class_id: int, name: str, dsc: float, nsd: float, **c
         swapped_voxels=None,
         false_negative_slices=0,
         slice_dsc=dsc,
+        iou=dsc / (2 - dsc),
     )
     return replace(score, **changes)  # type: ignore[arg-type]
 
@@ -78,8 +80,13 @@ def test_false_positive_rate_needs_a_slice_without_the_class() -> None:
 
 def test_a_score_that_is_wrongly_missing_is_refused() -> None:
     scores = [class_score("a", 1, "liver", 0.5, math.nan), class_score("b", 1, "liver", 0.5, 0.5)]
-    with pytest.raises(InputError, match="DSC and NSD of 'liver', which the truth of 'a' has"):
+    with pytest.raises(InputError, match="DSC, IoU and NSD of 'liver', which the truth of 'a' has"):
         summarise(scores, protocol="all", unit="mm")
+
+
+def test_an_iou_that_is_wrongly_missing_is_refused() -> None:
+    with pytest.raises(InputError, match="IoU"):
+        summarise([class_score("a", 1, "liver", 0.5, 0.5, iou=math.nan)], protocol="all", unit="mm")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +141,21 @@ def test_three_ways_to_average_the_dice() -> None:
     assert means["dsc_per_slice"].mean == pytest.approx((1 + 2 * 5 / 15 + 2 * 5 / 25) / 3)
     assert means["dsc_per_dataset"].mean == pytest.approx(2 * (15 + 5) / (35 + 25))
     assert means["volume_error_ml"].mean == pytest.approx((-5 - 15) * 4 / 1000 / 2)
+    assert means["iou"].mean == pytest.approx((15 / 20 + 5 / 20) / 2)
+
+
+def test_batches_are_pooled_beside_the_means() -> None:
+    scores = [blocks("a1", (10, 10, 0), (10, 5, 0)), blocks("b1", (20,), (5,)), blocks("b2", (0, 0), (0, 9))]
+    summary = summarise(scores, protocol="all", unit="mm", resamples=0, pooled_batch=2)
+    assert summary.pooled_batch == 2
+    # a1 and b1 together; b2, a batch of its own, lacks the class.
+    assert summary.batch_pooled == summary.classes[0].batch_pooled == BatchPooled(dsc=40 / 60, iou=20 / 40)
+    (of_default,) = summarise_units(scores, protocol="all", resamples=0)
+    assert (of_default.pooled_batch, of_default.batch_pooled.dsc) == (40, 40 / 69)
+    (of_two,) = summarise_units(scores, protocol="all", resamples=0, pooled_batch=2)
+    assert of_two.batch_pooled == summary.batch_pooled
+    with pytest.raises(ConfigError, match="pooled_batch"):
+        summarise(scores, protocol="all", unit="mm", resamples=0, pooled_batch=0)
 
 
 def test_intervals_are_those_of_the_statistics_over_patients() -> None:
@@ -149,6 +171,9 @@ def test_intervals_are_those_of_the_statistics_over_patients() -> None:
     classes, overall = class_intervals(values, patients=[f"p{i // 2}" for i in range(12)], seed=4)
     assert [entry.means["dsc"] for entry in summary.classes] == classes
     assert summary.means["nsd"] == overall
+    classes, overall = class_intervals(values / (2 - values), patients=[f"p{i // 2}" for i in range(12)], seed=4)
+    assert [entry.means["iou"] for entry in summary.classes] == classes
+    assert summary.means["iou"] == overall
     assert (summary.cases, summary.patients) == (12, 6)
 
 
@@ -232,6 +257,32 @@ def test_comparison_is_that_of_the_statistics() -> None:
     assert found[0].first == pytest.approx((*tables[0].mean(axis=0), tables[0].mean()))
     assert found[0].second == pytest.approx((*tables[1].mean(axis=0), tables[1].mean()))
     assert found[0].class_names == ("liver", "spleen")
+
+
+def test_swapped_sides_are_compared_where_both_runs_have_a_prediction() -> None:
+    first, second = [], []
+    for i in range(8):
+        of_first, of_second = 10 + i, 4 + i
+        dsc = math.nan if i == 1 else 0.5  # a case without the class has a prediction, which may lie in the other side
+        common = {"patient": f"p{i // 2}"}
+        first.append(class_score(f"c{i}", 4, "left kidney", dsc, dsc, swapped_voxels=of_first, **common))
+        second.append(class_score(f"c{i}", 4, "left kidney", dsc, dsc, swapped_voxels=of_second, **common))
+        for run in (first, second):
+            run.append(class_score(f"c{i}", 1, "liver", 0.5, 0.5, **common))
+    second[0] = replace(second[0], predicted_voxels=0, swapped_voxels=0)
+    *scores, swaps = compare_scores(first, second)
+    assert [entry.score for entry in scores] == ["dsc", "nsd", "nsd_challenge"]
+    assert (swaps.score, swaps.class_names, swaps.unit) == ("swapped_share", ("left kidney",), "mm")
+    tables = [
+        np.array([[math.nan], *([run[2 * i].swapped_voxels / 40] for i in range(1, 8))]) for run in (first, second)
+    ]
+    classes, overall = compare_runs(*tables, patients=[f"p{i // 2}" for i in range(8)])
+    assert swaps.comparisons == (*classes, overall)
+    assert swaps.comparisons[0].difference.cases == 7
+    assert swaps.first[0] == pytest.approx(np.mean([10 + i for i in range(1, 8)]) / 40)
+    assert swaps.comparisons[0].verdict == "worse"  # the difference is below zero
+    assert swaps.verdicts == ("better", "better")
+    assert scores[0].verdicts == ("not distinguishable",) * 3
 
 
 def test_classes_are_compared_by_name() -> None:

@@ -524,6 +524,19 @@ def test_a_network_without_the_parts_is_refused(tmp_path):
             {"class_prmpt_encoder.fc_label.bias": (16,), "image_encoder.pos_embed": (1, 64, 64, 768)},
             "a class-prompted network with SAM's or MedSAM's ViT-B for 1024 pixels",
         ),
+        ({"decoder.mask_tokens.weight": (2, 256)}, "a prompt-free network of no prompts with no image encoder"),
+        (
+            {
+                "abstract_prompts.1": (4, 64),
+                "decoder.mask_tokens.weight": (2, 256),
+                "image_encoder.stages.0.0.bias": (32,),
+            },
+            "a prompt-free network of 4 abstract prompts a level with the compact encoder",
+        ),
+        (
+            {"decoder.mask_tokens.weight": (2, 256), "position_heads.3.slopes": (12, 2)},
+            "a prompt-free network of a box and 8 points a level with no image encoder",
+        ),
     ],
 )
 def test_architectures_are_recognised(entries, words):

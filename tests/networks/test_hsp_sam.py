@@ -14,9 +14,9 @@ from torch import nn
 
 from scripts.errors import CheckpointError, ConfigError, InputError
 from scripts.networks import hsp_sam
+from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.checkpoints import (
-    load_network_weights,
-    load_sam_weights,
+    load_weights,
     resize_positions,
     resize_relative_positions,
     save_state_dict,
@@ -26,6 +26,7 @@ from scripts.networks.image_encoders import build_image_encoder
 from scripts.networks.image_encoders.sam_vit import SamVit, VitSize
 from scripts.networks.lora import published_state
 from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder
+from scripts.networks.positional_prompts import embed_positions
 
 SIZE = 32
 TINY = VitSize(channels=32, blocks=5, heads=2, global_blocks=(0, 1, 3, 4))
@@ -44,6 +45,11 @@ SWITCHES: list[dict[str, Any]] = [
     {"pixel_normalisation": "sam"},
     {"lora_rank": 0},
     {"class_ids": (2, 5, 3)},
+    {"prompt_source": "positional"},
+    {"prompt_source": "positional", "prompts": 0},
+    {"prompt_source": "positional", "prompts": 16, "class_ids": (1, 2)},
+    {"prompt_source": "positional", "fusion": "mask_prompt"},
+    {"prompt_source": "positional", "fusion": "none"},
 ]
 NAMES = [",".join(f"{key}={value}" for key, value in settings.items()) or "default" for settings in SWITCHES]
 
@@ -67,7 +73,7 @@ def network_of(encoder: str = "tiny_sam_vit", *, seed: int = 0, shaken: bool = T
         chosen = {"image_encoder": encoder, "image_size": ENCODERS[encoder], "lora_rank": 4, **settings}
         network = HSPSAM(**chosen)
         for name, parameter in network.named_parameters():
-            if shaken and (name.endswith("_up") or "pos" in name):
+            if shaken and name.endswith(("_up", "pos_embed", "rel_pos_h", "rel_pos_w")):
                 nn.init.normal_(parameter, std=0.05)
     return network.eval()
 
@@ -115,9 +121,10 @@ def test_the_default_learns_as_many_parameters_as_the_authors(encoder, lora, map
 )
 def test_every_encoder_has_its_size(encoder, size, grid):
     with torch.device("meta"):
-        network = HSPSAM(image_encoder=encoder)
-        assert (network.image_size, network.grid_size) == (size, grid)
-        assert network(torch.zeros(1, 3, size, size)).shape == (1, 2, size, size)
+        for source in ("static", "positional"):
+            network = HSPSAM(image_encoder=encoder, prompt_source=source)
+            assert (network.image_size, network.grid_size) == (size, grid)
+            assert network(torch.zeros(1, 3, size, size)).shape == (1, 2, size, size)
 
 
 # What comes out.
@@ -135,6 +142,7 @@ def test_every_switch_segments_and_learns(settings, encoder, generator):
     logits.square().mean().backward()
     for name, parameter in learning(network).items():
         assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
         if not name.endswith("k_proj.bias"):  # the softmax takes no notice of it
             assert parameter.grad.any(), name
     for name, parameter in network.named_parameters():
@@ -245,9 +253,10 @@ def test_finer_levels_are_averaged_down_to_the_grid(generator):
         assert_close(given[0][0][1], network.necks["1"](averaged))
 
 
+@pytest.mark.parametrize("source", ["token_output", "positional"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_half_precision_is_close_to_single(encoder, generator):
-    network = network_of(encoder, prompt_source="token_output")
+def test_half_precision_is_close_to_single(encoder, source, generator):
+    network = network_of(encoder, prompt_source=source)
     images = images_for(network, generator)
     with torch.no_grad():
         exact = network.class_logits(images)
@@ -257,8 +266,9 @@ def test_half_precision_is_close_to_single(encoder, generator):
     assert (half[:, 1:].float() - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
-def test_the_network_exports_with_a_free_batch_axis(generator):
-    network = network_of().merge_lora()
+@pytest.mark.parametrize("source", ["static", pytest.param("positional", marks=pytest.mark.slow)])
+def test_the_network_exports_with_a_free_batch_axis(source, generator):
+    network = network_of(prompt_source=source).merge_lora()
     images = images_for(network, generator)
     with torch.no_grad():
         free = ({0: torch.export.Dim("batch", min=1, max=8)},)
@@ -307,6 +317,81 @@ def test_without_prompts_there_is_nothing_to_show(generator):
     network = network_of(prompts=0)
     with torch.no_grad():
         assert network.explain(images_for(network, generator)).attention == {}
+
+
+# Positional prompts.
+
+
+@pytest.mark.parametrize("fusion", ["feature_skip", "mask_prompt", "none"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_decoder_gets_the_tokens_of_each_levels_positions(encoder, fusion, generator):
+    network = network_of(encoder, prompt_source="positional", prompts=3, fusion=fusion)
+    given: list[tuple] = []
+    network.decoder.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
+    images = images_for(network, generator)
+    with torch.no_grad():
+        explained = network.explain(images)
+        assert torch.equal(explained.logits, network.class_logits(images))
+        assert explained.attention == {}
+        levels = [3] if fusion == "none" else [0, 1, 2, 3]
+        assert list(explained.positions) == levels
+        for level, features, tokens in zip(levels, *given[0][:2], strict=True):
+            expected = network.position_heads[str(level)](features)
+            assert all(map(torch.equal, explained.positions[level], expected))
+            assert torch.equal(tokens, embed_positions(expected, network.prompt_encoder))
+            assert tokens.shape == (2, 3 + 2, 256)
+            assert not torch.equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_positional_prompts_leave_the_encoder_alone(encoder, generator):
+    plain, positional = network_of(encoder, prompts=0), network_of(encoder, prompt_source="positional", prompts=4)
+    fitting = {name: value for name, value in plain.state_dict().items() if name in positional.state_dict()}
+    assert len(fitting) == len(plain.state_dict())
+    positional.load_state_dict(fitting, strict=False)
+    assert len(positional.abstract_prompts) == len(positional.mappings) == 0
+    images = images_for(plain, generator, 1)
+    with torch.no_grad():
+        levels = zip(plain.encode_levels(images), positional.encode_levels(images, ask=True), strict=True)
+        for expected, found in levels:
+            assert torch.equal(found.features, expected.features)
+            assert found.answer is None
+        assert not torch.equal(plain(images), positional(images))
+
+
+@pytest.mark.parametrize("prompts", range(17))
+def test_any_number_of_points_goes_with_a_box(prompts, generator):
+    network = network_of("compact", prompt_source="positional", prompts=prompts)
+    with torch.no_grad():
+        explained = network.explain(images_for(network, generator))
+    assert explained.logits.isfinite().all()
+    for boxes, points, positive in explained.positions.values():
+        assert (boxes.shape, points.shape, positive.shape) == ((2, 4), (2, prompts, 2), (2, prompts))
+
+
+def test_positional_prompts_are_the_same_each_time(generator):
+    network, again = (network_of(prompt_source="positional") for _ in range(2))
+    images = images_for(network, generator)
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(network(images), expected)
+        assert torch.equal(again(images), expected)
+    assert_close(network(images), expected)  # and with gradients
+
+
+def test_the_count_of_positional_prompts():
+    """148,046 for each level's head in place of abstract prompts and mappings: 18.4 million for ViT-B."""
+    with torch.device("meta"):
+        network = HSPSAM(prompt_source="positional")
+    counts = {name: parameter.numel() for name, parameter in learning(network).items()}
+    assert sum(count for name, count in counts.items() if name.startswith("position_heads.")) == 4 * 148_046
+    assert sum(counts.values()) == 1_179_648 + 4 * 148_046 + 3_149_824 + 13_509_736
+
+
+def test_only_abstract_prompts_have_no_positions(generator):
+    network = network_of()
+    with torch.no_grad():
+        assert network.explain(images_for(network, generator)).positions == {}
 
 
 # What learns.
@@ -404,10 +489,10 @@ def test_merging_keeps_the_masks_and_leaves_copies_as_they_are(generator):
 # Weights in and out.
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("source", "suffix"), [("static", ".pt"), ("static", ".safetensors"), ("positional", ".pt")])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_a_reloaded_network_gives_the_same_masks_bit_for_bit(encoder, suffix, generator, tmp_path):
-    network = network_of(encoder, class_ids=(1, 3))
+def test_a_reloaded_network_gives_the_same_masks_bit_for_bit(encoder, source, suffix, generator, tmp_path):
+    network = network_of(encoder, class_ids=(1, 3), prompt_source=source)
     path = tmp_path / f"model{suffix}"
     save_state_dict(network.state_dict(), path)
     torch.manual_seed(7)
@@ -416,21 +501,54 @@ def test_a_reloaded_network_gives_the_same_masks_bit_for_bit(encoder, suffix, ge
     with torch.no_grad():
         expected = network(images)
         assert not torch.equal(reloaded(images), expected)
-        load_network_weights(reloaded, path)
+        load_weights(reloaded, path)
         assert torch.equal(reloaded(images), expected)
     for level, prompts in network.abstract_prompts.items():
         assert torch.equal(reloaded.abstract_prompts[level], prompts)
         assert prompts.abs().min() > 0
 
 
-def test_weights_of_another_number_of_prompts_are_refused(tmp_path):
+FOUR_PROMPTS = {"prompts": 4}
+TWO_POINTS = {"prompt_source": "positional"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "message"),
+    [
+        (FOUR_PROMPTS, {}, "of 4 abstract prompts a level.*of 2 abstract prompts a level"),
+        ({}, {"prompts": 0}, "of 2 abstract prompts a level.*of no prompts.*abstract_prompts"),
+        ({"prompts": 0}, {}, "of no prompts.*of 2 abstract prompts a level.*missing in the file: abstract_prompts"),
+        ({}, TWO_POINTS, "of 2 abstract prompts a level.*of a box and 2 points a level.*position_heads"),
+        (TWO_POINTS, {}, "of a box and 2 points a level.*of 2 abstract prompts a level.*position_heads"),
+        (TWO_POINTS, {**TWO_POINTS, "prompts": 5}, "of a box and 2 points a level.*of a box and 5 points a level"),
+    ],
+)
+def test_weights_of_other_prompts_are_refused(saved, wanted, message, tmp_path):
+    path = tmp_path / "model.pt"
+    save_state_dict(network_of(**saved).state_dict(), path)
+    network = network_of(**wanted)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(CheckpointError, match=f"model.pt looks like a prompt-free network {message}"):
+        load_weights(network, path)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_weights_of_another_number_of_prompts_are_named_with_their_shapes(tmp_path):
     path = tmp_path / "model.pt"
     save_state_dict(network_of(prompts=4).state_dict(), path)
-    network = network_of(prompts=2)
-    before = copy.deepcopy(network.state_dict())
     with pytest.raises(CheckpointError, match=r"abstract_prompts.0 \(4, 32\) in the file, \(2, 32\) in the network"):
-        load_network_weights(network, path)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        load_weights(network_of(prompts=2), path)
+
+
+def test_weights_of_the_other_network_are_refused(tmp_path):
+    prompted = AutoMedSAM(image_encoder="compact", image_size=SIZE, channels=(4, 8, 16), class_ids=(1,))
+    prompt_free = network_of("compact")
+    save_state_dict(prompted.state_dict(), tmp_path / "prompted.pt")
+    save_state_dict(prompt_free.state_dict(), tmp_path / "prompt_free.pt")
+    with pytest.raises(CheckpointError, match=r"a class-prompted network .* a prompt-free network of 2 abs"):
+        load_weights(prompt_free, tmp_path / "prompted.pt")
+    with pytest.raises(CheckpointError, match=r"a prompt-free network of 2 .* a class-prompted network"):
+        load_weights(prompted, tmp_path / "prompt_free.pt")
 
 
 def published_file(tmp_path, encoder: nn.Module, size: int):
@@ -454,7 +572,7 @@ def test_a_file_for_larger_images_is_loaded_with_its_tables_resized(generator, t
     path, state = published_file(tmp_path, large, 2 * TINY_SIZE)
     network = network_of()
     untouched = {name: value.clone() for name, value in network.state_dict().items() if "weight.0." in name}
-    load_sam_weights(network.sam_parts(), path)
+    load_weights(network, path)
     found = published_state(network.image_encoder)
     assert torch.equal(found["pos_embed"], resize_positions(state["image_encoder.pos_embed"], 4))
     table = "blocks.3.attn.rel_pos_h"
@@ -482,7 +600,7 @@ def test_a_file_of_another_vit_is_refused(tmp_path):
     other = VitSize(channels=48, blocks=5, heads=2, global_blocks=(0, 1, 3, 4))
     path, _ = published_file(tmp_path, SamVit(other, image_size=TINY_SIZE), TINY_SIZE)
     with pytest.raises(CheckpointError, match="of another shape"):
-        load_sam_weights(network_of().sam_parts(), path)
+        load_weights(network_of(), path)
 
 
 # What is refused.
@@ -498,7 +616,7 @@ def test_a_file_of_another_vit_is_refused(tmp_path):
         ({"class_ids": (2, 2)}, "distinct numbers from 1 up"),
         ({"lora_rank": -1}, "32 channels.*not -1"),
         ({"lora_rank": 33}, "32 channels.*not 33"),
-        ({"prompt_source": "box"}, "static, token_output, not 'box'"),
+        ({"prompt_source": "box"}, "static, token_output, positional, not 'box'"),
         ({"fusion": "sum"}, "feature_skip, mask_prompt, none, not 'sum'"),
         ({"pixel_normalisation": "imagenet"}, "unit, sam, not 'imagenet'"),
         ({"fusion": "none", "deep_residual": True}, "deep_residual"),
@@ -562,8 +680,10 @@ def recipe_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return 0.2 * F.cross_entropy(logits, labels) + 0.8 * (1 - dice[1:].mean())
 
 
-def test_it_learns_a_few_images_by_heart(generator):
-    network = network_of("compact", class_ids=(1, 2), train_image_encoder=True, shaken=False).train()
+@pytest.mark.parametrize("source", ["static", pytest.param("positional", marks=pytest.mark.slow)])
+def test_it_learns_a_few_images_by_heart(source, generator):
+    settings = {"class_ids": (1, 2), "train_image_encoder": True, "prompt_source": source}
+    network = network_of("compact", shaken=False, **settings).train()
     images, labels = shapes(generator, 4)
     optimiser = torch.optim.AdamW(learning(network).values(), lr=5e-4, fused=True)
     for _ in range(35):
@@ -590,7 +710,7 @@ def polyps(folder: Path, count: int, size: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"prompt_source": "token_output"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"prompt_source": "token_output"}, {"prompt_source": "positional"}], ids=str)
 def test_it_learns_real_polyps_by_heart(settings, shared):
     network = network_of("compact", image_size=96, train_image_encoder=True, shaken=False, **settings).train()
     images, labels = polyps(shared / "data" / "kvasir_seg", 8, 96)

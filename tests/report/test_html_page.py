@@ -14,12 +14,15 @@ from PIL import Image
 
 from scripts.cli import report
 from scripts.errors import InputError, OutputError
+from scripts.metrics.scores import score_case
 from scripts.metrics.summaries import compare_scores
+from scripts.report.attention_pictures import attention_name, attention_picture
 from scripts.report.error_pictures import picture_name
+from scripts.report.html.attention import attention_section
 from scripts.report.html.cases import telling_cases
 from scripts.report.html.elements import MISSING, table
 from scripts.report.html.page import TITLE, flattened, write_report
-from scripts.report.html.runs import read_runs
+from scripts.report.html.runs import Run, read_runs
 from scripts.report.tables import read_scores_csv
 
 VOID = {"meta", "link", "img", "br"}
@@ -77,6 +80,15 @@ def add_pictures(folder):
             picture.save(folder / "pictures" / picture_name(score.case, score.class_name))
 
 
+def add_attention(folder):
+    (folder / "attention").mkdir()
+    maps = {level: np.full((2, 4, 4), 1 / 16) for level in range(4)}
+    for case in {score.case for score in read_scores_csv(folder / "metrics.csv")}:
+        path = folder / "attention" / f"{attention_name(case)}.png"
+        image, masks = np.full((1, 32, 32), 90.0), np.zeros((0, 32, 32), dtype=bool)
+        attention_picture(image, maps, masks, classes=[], levels=4, title=case, path=path)
+
+
 def add_quality(folder):
     bins = [
         {"low": i / 4, "high": (i + 1) / 4, "error_rate": 0.1 * i if i else None, "voxels": 9 - i} for i in range(4)
@@ -94,7 +106,7 @@ def full(write_run, tmp_path_factory):
     """A page of two evaluations, the first with everything that a run can leave, and its folder."""
     folder = tmp_path_factory.mktemp("report")
     first = write_run(folder / "with <diffusion>")
-    for add in (add_training, add_pictures, add_quality):
+    for add in (add_training, add_pictures, add_attention, add_quality):
         add(first)
     second = write_run(folder / "without", shifts=(2, 4, 3, 1, 6))
     write_report(read_runs([first, second]), folder / "report.html")
@@ -234,7 +246,8 @@ def test_worst_median_and_best_case_are_shown(full, page):
         chosen = telling_cases([score for score in scores if score.class_name == name])
         for rank, score in chosen.items():
             assert f"{rank}: {score.case}, DSC {score.dsc:.4f}, NSD {score.nsd:.4f}" in text
-    pictures = [attributes["src"].partition("base64,")[2] for attributes in page.all("img")]
+    images = [attributes for attributes in page.all("img") if not attributes["alt"].startswith("attention")]
+    pictures = [attributes["src"].partition("base64,")[2] for attributes in images]
     assert len(pictures) == 6
     assert Image.open(BytesIO(base64.b64decode(pictures[0]))).size == (40, 20)
 
@@ -252,6 +265,54 @@ def test_the_telling_cases_are_those_of_the_sorted_scores(full):
 
 def test_a_run_without_pictures_says_so(page):
     assert "This run has no pictures" in "".join(page.text)
+
+
+def test_the_attention_of_the_telling_cases_is_shown_once_each(full, page):
+    scores = read_scores_csv(full / "with <diffusion>" / "metrics.csv")
+    ranks = {}
+    for name in ("liver", "left kidney"):
+        for rank, score in telling_cases([score for score in scores if score.class_name == name]).items():
+            ranks.setdefault(score.case, []).append(f"{rank} of {name}")
+    assert 3 < len(ranks) < 6  # the worst of both classes is one case
+    images = [attributes for attributes in page.all("img") if attributes["alt"].startswith("attention")]
+    assert len(images) == len(ranks)
+    for (case, words), attributes in zip(ranks.items(), images, strict=True):
+        assert f" {case}:" in attributes["alt"]
+        file = full / "with <diffusion>" / "attention" / f"{case}.png"
+        assert base64.b64decode(attributes["src"].partition("base64,")[2]) == file.read_bytes()
+        assert f"{case}: {', '.join(words)}" in page.text
+
+
+def test_attention_is_explained_once_and_only_where_there_is_some(full, page, write_run, tmp_path):
+    assert page.text.count("Where the abstract prompts look") == 2  # contents and head
+    text = (full / "report.html").read_text(encoding="utf-8")
+    section = text.partition("<h2>Where the abstract prompts look</h2>")[2].partition("</section>")[0]
+    assert section.startswith("<p>Each map shows")
+    assert "<h3>with &lt;diffusion&gt;</h3>" in section
+    assert "<h3>without</h3>" not in section
+    plain = write_report(read_runs([write_run(tmp_path / "plain")]), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "attention" not in plain
+    assert "abstract" not in plain
+
+
+def test_attention_that_is_missing_is_named(write_run, tmp_path):
+    folder = write_run(tmp_path / "run", shifts=(1, 2))
+    add_attention(folder)
+    (folder / "attention" / "case_00.png").unlink()
+    text = write_report(read_runs([folder]), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "case_00: best of liver, best of left kidney; there is no picture of it" in text
+    (folder / "attention" / "case_01.png").unlink()
+    text = write_report(read_runs([folder]), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "abstract prompts" not in text
+
+
+def test_attention_of_cases_without_a_score_is_said_to_lie_in_the_folder(tmp_path):
+    nothing = np.zeros((1, 8, 8, 2), dtype=bool)
+    scores = score_case(
+        nothing, nothing, case="a", class_ids=[1], class_names=["liver"], spacing=(1.0, 1.0, 1.0), planar=False
+    )
+    section = attention_section(Run(name="run", folder=tmp_path, scores=scores))
+    assert section == "<p>No case has a DSC to be chosen by; the pictures are in the run&#x27;s folder attention.</p>"
 
 
 def test_command_versions_and_hashes_are_there(page):

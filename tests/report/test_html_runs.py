@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from scripts import cli
 from scripts.errors import InputError
 from scripts.report.html.runs import read_runs
 
@@ -58,6 +59,16 @@ def test_no_folder_a_missing_one_and_one_twice_are_errors(write_run, tmp_path):
 def test_an_empty_folder_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.csv of an evaluation"):
         read_runs([tmp_path])
+
+
+def test_the_command_names_an_empty_folder_and_ends_with_an_error(write_run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = [write_run(tmp_path / "run"), tmp_path / "empty", "--output", tmp_path / "report.html"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *map(str, words)])
+    assert ended.value.code == 1
+    assert f"automedsam: expected {tmp_path / 'empty' / 'metrics.csv'} of an evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from scripts.errors import ConfigError, InputError, OutputError
+from scripts.metrics.pooling import BatchPooled
 from scripts.metrics.scores import ClassScore
 from scripts.metrics.statistics import Comparison, Interval
-from scripts.metrics.summaries import SCORES, ClassSummary, RunComparison, Summary
+from scripts.metrics.summaries import SCORES, SWAPPED, ClassSummary, RunComparison, Summary
 from scripts.report.tables import (
     comparison_json,
     read_scores_csv,
@@ -32,14 +33,16 @@ def means(dsc: float, nsd: float, **others: float) -> dict[str, Interval]:
 
 
 def counted(class_id: int, name: str, entry: dict[str, Interval], *counts: int, partner: bool = False) -> ClassSummary:
-    return ClassSummary(class_id, name, entry, *counts, 0.025 if partner else math.nan, 8 * partner, partner)
+    swaps = (0.025, 8, True) if partner else (math.nan, 0, False)
+    pooled = BatchPooled(dsc=entry["dsc"].mean / 2, iou=entry["dsc"].mean / 4)
+    return ClassSummary(class_id, name, entry, *counts, *swaps, pooled)
 
 
 SUMMARY = Summary(
     protocol="all",
     unit="mm",
     tolerance=2.0,
-    means=means(0.70125, 0.5, hd95=4.0, dsc_per_slice=0.6, dsc_per_dataset=0.8),
+    means=means(0.70125, 0.5, hd95=4.0, dsc_per_slice=0.6, dsc_per_dataset=0.8, iou=0.45),
     classes=(
         counted(1, "liver", means(0.91234, 0.6, hd95=3.456, volume_error_ml=-12.0), 12, 3, 1, 2, 1, 99, 40, 3, 4, 1, 6),
         counted(4, "left kidney", means(0.49016, 0.4), 8, 7, 0, 0, 0, 80, 0, 0, 0, 0, 0, partner=True),
@@ -47,10 +50,13 @@ SUMMARY = Summary(
     ),
     cases=15,
     patients=14,
+    batch_pooled=BatchPooled(dsc=0.35, iou=0.175),
+    pooled_batch=40,
 )
 _WHOLE = (123_456_789, 5, 10, 4, 1, 2, 1)
+_MISSED = (*_WHOLE, 7, 3, 0.0, 1 / 7)
 SCORES_OF_CASES = [
-    ClassScore("a", "liver", 1 / 3, 0.1 + 0.2, 0.7, 2.5, 0.1, -3.25, "p", 1, 2.0, "mm", *_WHOLE, None, 0, 0.3),
+    ClassScore("a", "liver", 1 / 3, 0.1 + 0.2, 0.7, 2.5, 0.1, -3.25, "p", 1, 2.0, "mm", *_WHOLE, None, 0, 0.3, 0.2),
     ClassScore(
         'odd, "quoted"\r\nname ü',
         "left kidney",
@@ -68,9 +74,9 @@ SCORES_OF_CASES = [
         0,
         0,
         0,
-        math.nan,
+        *[math.nan] * 2,
     ),
-    ClassScore("a", "left kidney", 0.0, 5e-324, 0.0, *[math.inf] * 2, 1e-9, "p", 4, 1e-9, "mm", *_WHOLE, 7, 3, 0.0),
+    ClassScore("a", "left kidney", 0.0, 5e-324, 0.0, *[math.inf] * 2, 1e-9, "p", 4, 1e-9, "mm", *_MISSED),
 ]
 
 
@@ -82,13 +88,13 @@ def comparable(score: ClassScore) -> tuple[object, ...]:
 def test_table_rows() -> None:
     _, scores, counts = render_table(SUMMARY).rstrip("\n").split("\n\n")
     assert scores.splitlines() == [
-        "class           DSC  NSD @ 2 mm        DSC 95 %        NSD 95 %  NSD challenge  HD95 mm  ASSD mm",
-        "-" * 96,
-        "liver        0.9123      0.6000  0.812 to 1.012  0.500 to 0.700              -     3.46        -",
-        "left kidney  0.4902      0.4000  0.390 to 0.590  0.300 to 0.500              -        -        -",
-        "polyp             -           -               -               -              -        -        -",
-        "-" * 96,
-        "mean         0.7013      0.5000  0.601 to 0.801  0.400 to 0.600              -     4.00        -",
+        "class           DSC  NSD @ 2 mm        DSC 95 %        NSD 95 %  NSD challenge     IoU  HD95 mm  ASSD mm",
+        "-" * 104,
+        "liver        0.9123      0.6000  0.812 to 1.012  0.500 to 0.700              -       -     3.46        -",
+        "left kidney  0.4902      0.4000  0.390 to 0.590  0.300 to 0.500              -       -        -        -",
+        "polyp             -           -               -               -              -       -        -        -",
+        "-" * 104,
+        "mean         0.7013      0.5000  0.601 to 0.801  0.400 to 0.600              -  0.4500     4.00        -",
     ]
     assert counts.splitlines() == [
         "class        cases  without  missed  inf  FP cases   FP %  near FP %  far FP %  FN %  volume ml  swapped %",
@@ -113,8 +119,30 @@ def test_averaging_is_chosen_and_stated(averaging: str, mean: str, caption: str)
     assert next(line for line in table.splitlines() if line.startswith("mean")).split()[1] == mean
 
 
+def test_batch_pooled_scores_come_with_what_they_are() -> None:
+    caption, table, _ = render_table(replace(SUMMARY, pooled_batch=7), averaging="batch-pooled").split("\n\n")
+    caption = " ".join(caption.split())
+    assert "Averaging batch-pooled: DSC and IoU over all voxels of a batch as one mask (batch of 7:" in caption
+    assert "both depend on the batch and are no means per case; NSD, HD95 and ASSD over each volume in 3D" in caption
+    assert "Averaging per" not in caption
+    assert [" ".join(line.split()) for line in table.splitlines() if line[0] != "-"][1:] == [
+        "liver 0.4562 0.6000 - 0.500 to 0.700 - 0.2281 3.46 -",
+        "left kidney 0.2451 0.4000 - 0.300 to 0.500 - 0.1225 - -",
+        "polyp - - - - - - - -",
+        "mean 0.3500 0.5000 - 0.400 to 0.600 - 0.1750 4.00 -",
+    ]
+
+
+def test_iou_is_per_case_however_the_dice_is_averaged() -> None:
+    for averaging in ("case", "slice", "dataset"):
+        table = render_table(SUMMARY, averaging=averaging)
+        assert "IoU over all slices of a case pooled, averaged over the cases with the class" in " ".join(table.split())
+        assert next(line for line in table.splitlines() if line.startswith("mean")).split()[-3] == "0.4500"
+        assert "batch" not in table
+
+
 def test_an_unknown_averaging_is_refused() -> None:
-    with pytest.raises(ConfigError, match="case, slice, dataset, got 'patient'"):
+    with pytest.raises(ConfigError, match="case, slice, dataset, batch-pooled, got 'patient'"):
         render_table(SUMMARY, averaging="patient")
 
 
@@ -152,7 +180,7 @@ def test_caption_states_protocol_and_averaging() -> None:
 
 def test_table_of_nothing_but_missing_scores() -> None:
     empty = replace(SUMMARY, means=means(math.nan, math.nan), classes=SUMMARY.classes[2:])
-    assert "mean" + 7 * " -" in {" ".join(line.split()) for line in render_table(empty).splitlines()}
+    assert "mean" + 8 * " -" in {" ".join(line.split()) for line in render_table(empty).splitlines()}
 
 
 def test_table_has_no_overlong_or_padded_lines() -> None:
@@ -184,7 +212,8 @@ def test_csv_has_a_row_per_case_and_class_and_empty_cells_for_missing_scores(tmp
     assert head.startswith(
         b"case,class,dsc,nsd,nsd_challenge,hd95,assd,volume_error_ml,patient,class_id,tolerance,unit,"
     )
-    assert head.endswith(b",swapped_voxels,false_negative_slices,slice_dsc\n")
+    assert head.endswith(b",swapped_voxels,false_negative_slices,slice_dsc,iou\n")
+    assert [row["iou"] for row in rows] == ["0.2", "", "0.14285714285714285"]
 
 
 def test_csv_without_scores(tmp_path: Path) -> None:
@@ -200,7 +229,7 @@ def test_csv_without_scores(tmp_path: Path) -> None:
         (lambda text: text.replace(b"a,liver,", b"a,liver,high"), "number as dsc in row 2 of"),
         (lambda text: text.replace(b",p,1,", b",p,1.5,"), "number as class_id in row 2 of"),
         (lambda text: text.replace(b",2.0,mm", b",,mm"), "number as tolerance in row 2 of"),
-        (lambda text: text + b"a,1\n", "22 cells in row 5 of"),
+        (lambda text: text + b"a,1\n", "23 cells in row 5 of"),
         (lambda text: text + b"\xff\n", "Expected a CSV file of scores"),
         (lambda text: text + b'"a', "Expected a CSV file of scores"),
     ],
@@ -224,11 +253,17 @@ def test_summary_json(tmp_path: Path) -> None:
     assert "NaN" not in text
     content = json.loads(text)
     assert (content["protocol"], content["intervals"]["level"]) == ("all", 0.95)
-    assert set(content["averaging"]) == {"dsc", "dsc_per_slice", "dsc_per_dataset", "others", "mean"}
+    stated = {"dsc", "dsc_per_slice", "dsc_per_dataset", "batch-pooled", "others", "mean"}
+    assert set(content["averaging"]) == stated
+    assert "batch of 40" in content["averaging"]["batch-pooled"]
+    assert "depend on the batch" in content["averaging"]["batch-pooled"]
     assert {unit: entry["cases"] for unit, entry in content["units"].items()} == {"mm": 15, "px": 7}
     volumes = content["units"]["mm"]
     assert (volumes["tolerance"], volumes["patients"]) == (2.0, 14)
     assert (volumes["mean"]["dsc"], volumes["mean"]["nsd"], volumes["mean"]["assd"]) == (0.70125, 0.5, None)
+    assert (volumes["mean"]["iou"], volumes["mean"]["intervals"]["iou"]) == (0.45, [0.45 - 0.1, 0.45 + 0.1])
+    assert (volumes["pooled_batch"], volumes["mean"]["batch-pooled"]) == (40, {"dsc": 0.35, "iou": 0.175})
+    assert volumes["classes"]["polyp"]["batch-pooled"] == {"dsc": None, "iou": None}
     assert volumes["mean"]["intervals"]["nsd"] == [0.4, 0.6]
     assert volumes["mean"]["intervals"]["assd"] == [None, None]
     assert list(volumes["classes"]) == ["liver", "left kidney", "polyp"]
@@ -237,6 +272,7 @@ def test_summary_json(tmp_path: Path) -> None:
         "id": 1,
         "dsc_per_slice": None,
         "dsc_per_dataset": None,
+        "batch-pooled": {"dsc": 0.91234 / 2, "iou": 0.91234 / 4},
         "cases": 12,
         "cases_without": 3,
         "patients": 4,
@@ -269,8 +305,13 @@ def compared() -> RunComparison:
 
 
 def test_comparison_table() -> None:
-    caption, title, table = render_comparison([compared()], names=("a", "b")).rstrip("\n").split("\n\n")
-    assert caption.startswith("Second run (b) less first (a), case by case; interval: 95 % of 5000 bootstrap samples")
+    text = render_comparison([compared()], names=("a", "b"), protocol="oracle").rstrip("\n")
+    caption, title, table = text.split("\n\n")
+    caption = " ".join(caption.split())
+    assert caption.startswith('Protocol "oracle": a class was asked for only on the slices whose truth contains it')
+    assert "Averaging per case: DSC over all slices of a case pooled, averaged over the cases whose truth" in caption
+    assert "Second run (b) less first (a), case by case; interval: 95 % of 5000 bootstrap samples" in caption
+    assert "Swapped" not in caption
     assert title == "NSD @ 2 mm, volumes"
     assert [line.split("  ") and " ".join(line.split()) for line in table.splitlines() if line[0] != "-"] == [
         "class first second difference 95 % p cases verdict",
@@ -280,8 +321,24 @@ def test_comparison_table() -> None:
     ]
 
 
+def test_of_swapped_sides_less_is_better() -> None:
+    entry = replace(compared(), score=SWAPPED, class_names=("left kidney", "right kidney"))
+    text = render_comparison([compared(), entry], names=("a", "b"), protocol="all").rstrip("\n")
+    *_, title, table = text.split("\n\n")
+    assert "in which both runs have predicted the class; the lower the better" in " ".join(text.split())
+    assert title == "Swapped sides, share of the predicted voxels, volumes"
+    rows = [line.split() for line in table.splitlines()]
+    assert [row[-1] for row in rows if row[0] in ("left", "mean")] == ["worse", "worse"]
+    content = comparison_json([entry], runs=(Path("a"), Path("b")), protocol="all")
+    verdicts = {name: found["verdict"] for name, found in content["scores"][0]["classes"].items()}
+    assert verdicts == {"left kidney": "worse", "right kidney": "not distinguishable"}
+
+
 def test_comparison_json() -> None:
-    content = json.loads(json.dumps(comparison_json([compared()], runs=(Path("a"), Path("b"))), allow_nan=False))
+    written = comparison_json([compared()], runs=(Path("a"), Path("b")), protocol="all")
+    content = json.loads(json.dumps(written, allow_nan=False))
+    assert content["protocol"] == "all"
+    assert content["averaging"].startswith("DSC over all slices of a case pooled")
     (entry,) = content["scores"]
     assert (content["first"], content["second"], entry["score"], entry["unit"]) == ("a", "b", "nsd", "mm")
     assert list(entry["classes"]) == ["liver", "polyp"]

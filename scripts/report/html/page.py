@@ -17,6 +17,7 @@ import numpy as np
 
 from scripts.errors import OutputError
 from scripts.files import atomic_path
+from scripts.report.html.attention import ATTENTION_NOTE, attention_section, has_attention
 from scripts.report.html.cases import case_section
 from scripts.report.html.charts import MOST_DOTS, Box, box_chart
 from scripts.report.html.courses import course_charts
@@ -122,6 +123,9 @@ def page_text(page: Page, runs: Sequence[Run]) -> str:
         sections.append((f"Compared with {scored[0].name}", tables))
     if scored:
         sections.append(("Worst, median and best cases", _each(scored, case_section, _PICTURE_NOTE)))
+    explained = [run for run in scored if has_attention(run)]
+    if explained:
+        sections.append(("Where the abstract prompts look", _each(explained, attention_section, ATTENTION_NOTE)))
     sections += _optional_sections(page, runs)
     sections.append(("How the figures came about", "".join(_origin(run) for run in runs)))
     return _document(sections)

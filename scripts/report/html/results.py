@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from scripts.errors import AutoMedSAMError
 from scripts.metrics.scores import ClassScore
 from scripts.metrics.statistics import LEVEL, RESAMPLES, Interval
-from scripts.metrics.summaries import ClassSummary, RunComparison, Summary, compare_scores, summarise_units
+from scripts.metrics.summaries import SWAPPED, ClassSummary, RunComparison, Summary, compare_scores, summarise_units
 from scripts.report.html.elements import MISSING, interval_text, number, paragraph, share_text, table
 from scripts.report.html.runs import Run
 
@@ -35,8 +35,13 @@ MEASURES = (
     Measure("hd95", "HD95", 2, "distance"),
     Measure("assd", "ASSD", 2, "distance"),
     Measure("volume_error_ml", "volume error", 2, "ml"),
+    Measure("iou", "IoU", 4),
 )
-_TITLES = {measure.name: measure.title for measure in MEASURES}
+_TITLES = {measure.name: measure.title for measure in MEASURES} | {SWAPPED: "Swapped sides"}
+_COMPARED = {
+    SWAPPED: "share of the predicted voxels that lie in the truth of the other side, mean of the cases in which both "
+    "runs have predicted the class, the lower the better"
+}
 _INTERVALS = f"{100 * LEVEL:g} % interval of {RESAMPLES} bootstrap samples that draw patients"
 _PROTOCOLS = {
     "all": "every class was asked for on every slice",
@@ -79,7 +84,7 @@ def comparison_tables(first: Run, second: Run) -> str:
         return paragraph(f"{title}: not comparable. {error}")
     left = len(keys[0] | keys[1]) - len(common)
     note = f"; {left} pairs of case and class that only one run has are left out" if left else ""
-    return "".join(_comparison_table(entry, title, note) for entry in found)
+    return "".join(_comparison_table(entry, title, note, protocol=first.protocol) for entry in found)
 
 
 def _key(score: ClassScore) -> tuple[str, str]:
@@ -135,7 +140,7 @@ def _count_row(entry: ClassSummary, *, sides: bool) -> list[str]:
     return [entry.class_name, *map(str, counts), *map(share_text, rates), *swapped]
 
 
-def _comparison_table(entry: RunComparison, title: str, note: str) -> str:
+def _comparison_table(entry: RunComparison, title: str, note: str, *, protocol: str) -> str:
     """Show one score of two runs."""
     head = ["class", "cases", "first", "second", "difference", "p", "verdict"]
     rows = [
@@ -146,17 +151,18 @@ def _comparison_table(entry: RunComparison, title: str, note: str) -> str:
             number(second, 4),
             interval_text(found.difference, 4, with_sign=True),
             _p_text(found.p_value),
-            MISSING if math.isnan(found.difference.low) else found.verdict,
+            MISSING if math.isnan(found.difference.low) else verdict,
         ]
-        for name, first, second, found in zip(
-            (*entry.class_names, "mean"), entry.first, entry.second, entry.comparisons, strict=True
+        for name, first, second, found, verdict in zip(
+            (*entry.class_names, "mean"), entry.first, entry.second, entry.comparisons, entry.verdicts, strict=True
         )
     ]
-    at = "" if entry.score == "dsc" else f" at {entry.tolerance:g} {entry.unit}"
+    at = f" at {entry.tolerance:g} {entry.unit}" if entry.score in ("nsd", "nsd_challenge") else ""
+    averaged = _COMPARED.get(entry.score, "averaged per case over the cases whose truth has the class")
     caption = (
-        f"{_TITLES[entry.score]}{at}, {title}, paired by case{note}. In brackets: {_INTERVALS}; p: Wilcoxon's "
-        "signed-rank test over patients, two-sided, not corrected for the number of tests; verdict on the second run "
-        "by whether the interval leaves zero out."
+        f"{_TITLES[entry.score]}{at}, {title}, paired by case{note}; protocol {protocol}; {averaged}, then unweighted "
+        f"over the classes. In brackets: {_INTERVALS}; p: Wilcoxon's signed-rank test over patients, two-sided, not "
+        "corrected for the number of tests; verdict on the second run by whether the interval leaves zero out."
     )
     return table(caption, head, rows)
 
