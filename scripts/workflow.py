@@ -44,7 +44,7 @@ def run_configs(configs: Sequence[str | Path], overrides: dict[str, Any]) -> Any
 
 def as_setting(value: Any, default: Any) -> Any:
     """Read a setting as a config would: `false` is no text, and where a list stands, one value is a list of one."""
-    if isinstance(value, str) and value.lower() in JSON_WORDS:
+    if isinstance(value, str) and value.lower() in JSON_WORDS and not _is_choice(value, default):
         return JSON_WORDS[value.lower()]
     if isinstance(value, str) and "#" in value and not value.startswith(CONFIG_SIGNS):
         # In a config # divides ids and @ refers to one; in a path they are letters.
@@ -52,6 +52,11 @@ def as_setting(value: Any, default: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return [value] if isinstance(default, list) and isinstance(value, int | float) else value
+
+
+def _is_choice(value: str, default: Any) -> bool:
+    """Say whether `none` is a choice of its own, as of `fusion`: where the default is a word and no expression."""
+    return value.lower() == "none" and isinstance(default, str) and not default.startswith(CONFIG_SIGNS)
 
 
 def find_overlays(config: str | Sequence[str]) -> list[Path]:

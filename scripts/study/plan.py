@@ -98,6 +98,7 @@ class PlannedRows:
         self.weights = yaml.safe_load((CONFIGS / "weights.yaml").read_text(encoding="utf-8"))
         self.digests = FileDigests()
         self.starts = StartFiles(plan.output, self.digests)
+        self._class_ids: dict[tuple[str | None, str], set[int]] = {}
 
     def reason_not_to_run(self, row: StudyRow) -> str | None:
         """Say why a row cannot be run at all; None where it can."""
@@ -130,10 +131,12 @@ class PlannedRows:
         Raises:
             InputError: the datalist is none, or has no such section.
         """
-        datalist = self.datalist(name)
-        folder = Path(_paths(datalist)[0]).absolute().parent
-        cases = read_datalist(datalist, section=section, vocabulary=self.vocabulary, dataset_dir=folder)
-        return {class_id for case in cases for class_id in case["annotated"]}
+        if (name, section) not in self._class_ids:
+            datalist = self.datalist(name)
+            folder = Path(_paths(datalist)[0]).absolute().parent
+            cases = read_datalist(datalist, section=section, vocabulary=self.vocabulary, dataset_dir=folder)
+            self._class_ids[name, section] = {class_id for case in cases for class_id in case["annotated"]}
+        return self._class_ids[name, section]
 
     # ------------------------------------------------------------------------------------------------------ settings
 

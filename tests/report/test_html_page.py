@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from urllib.parse import unquote
@@ -23,7 +24,7 @@ from scripts.report.html.cases import telling_cases
 from scripts.report.html.elements import MISSING, table
 from scripts.report.html.page import TITLE, flattened, write_report
 from scripts.report.html.runs import Run, read_runs
-from scripts.report.tables import read_scores_csv
+from scripts.report.tables import read_scores_csv, write_scores_csv
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -124,12 +125,12 @@ def test_means_agree_with_the_csv(full, page):
     means = {
         name: [
             np.mean([float(row[column]) for row in rows if row["class"] == name])
-            for column in ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml")
+            for column in ("dsc", "nsd", "nsd_challenge", "hd95", "assd", "volume_error_ml", "iou")
         ]
         for name in ("liver", "left kidney")
     }
     means["mean"] = np.mean(list(means.values()), axis=0)
-    tables = [row for row in page.rows if len(row) == 7 and "[" in row[1]]
+    tables = [row for row in page.rows if len(row) == 8 and "[" in row[1]]
     for name, expected in means.items():
         shown = next(row for row in tables if row[0] == name)
         assert [float(cell.split("\n")[0]) for cell in shown[1:]] == pytest.approx(expected, abs=5e-3)
@@ -161,6 +162,26 @@ def test_the_comparison_is_that_of_the_statistics(full, page):
     difference = found.difference
     assert shown[0][4] == f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     assert shown[0][6] == found.verdict == "worse"
+
+
+def test_swapped_sides_are_compared_and_captions_name_the_protocol(write_run, tmp_path):
+    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "two")]
+    for folder, step in zip(folders, (3, 7), strict=True):
+        scores = read_scores_csv(folder / "metrics.csv")
+        swapped = [None if score.swapped_voxels is None else step * (i + 1) for i, score in enumerate(scores)]
+        changed = [replace(score, swapped_voxels=count) for score, count in zip(scores, swapped, strict=True)]
+        write_scores_csv(changed, folder / "metrics.csv")
+    *_, swaps = compare_scores(*(read_scores_csv(folder / "metrics.csv") for folder in folders))
+    page = Parsed(write_report(read_runs(folders), tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = "".join(page.text)
+    assert "DSC, two less one, paired by case; protocol all; averaged per case over the cases" in text
+    assert "Swapped sides, two less one, paired by case; protocol all; share of the predicted voxels" in text
+    difference = swaps.comparisons[0].difference
+    assert difference.mean > 0
+    shown = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    (row,) = [row for row in page.rows if row[0] == "left kidney" and shown in row]
+    assert row[1:4] == [str(difference.cases), f"{swaps.first[0]:.4f}", f"{swaps.second[0]:.4f}"]
+    assert row[6] == "worse"
 
 
 def test_runs_of_other_cases_are_compared_in_what_they_share(write_run, tmp_path):
@@ -233,7 +254,7 @@ def test_every_loss_and_every_weight_has_its_curve(full):
 def test_tables_have_captions_and_heads_with_their_scope(full, page):
     assert len(page.all("caption")) == len(page.all("table"))
     assert {attributes["scope"] for attributes in page.all("th")} == {"col", "row"}
-    assert {len(row) for row in page.rows} <= {3, 7, 10}
+    assert {len(row) for row in page.rows} <= {3, 7, 8, 10}
     assert page.all("html") == [{"lang": "en"}]
     assert page.all("img")
     assert all(attributes["alt"] for attributes in page.all("img"))
