@@ -710,6 +710,9 @@ def test_settings_are_read_as_in_a_config():
     assert as_setting("liver", None) == "liver"
     assert as_setting("$[1, 2]", [3]) == "$[1, 2]"
     assert as_setting(3, 4) == 3
+    assert as_setting("none", None) is None
+    assert as_setting("none", "$@bundle_root + '/model.pt'") is None
+    assert as_setting("none", "feature_skip") == "none"  # one of the words that this setting may have
 
 
 def test_interruption(tmp_path, run, volume, model, monkeypatch):
