@@ -2,14 +2,11 @@
 
 import copy
 import logging
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from scripts.errors import CheckpointError, ConfigError, InputError
@@ -696,32 +693,3 @@ def test_it_learns_a_few_images_by_heart(source, generator):
         overlap = ((found == class_id) & (labels == class_id)).sum()
         dice = 2 * overlap / ((found == class_id).sum() + (labels == class_id).sum())
         assert dice > 0.9
-
-
-def polyps(folder: Path, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first real images and their masks, `(count, 3, size, size)` and `(count, size, size)`."""
-    images, labels = [], []
-    for path in sorted((folder / "images").glob("train_*"))[:count]:
-        image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        mask = Image.open(next((folder / "masks").glob(f"{path.stem}.*"))).convert("L")
-        images.append(torch.from_numpy(np.array(image)).movedim(2, 0) / 255)
-        labels.append(torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) > 127)
-    return torch.stack(images), torch.stack(labels).long()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"prompt_source": "token_output"}, {"prompt_source": "positional"}], ids=str)
-def test_it_learns_real_polyps_by_heart(settings, shared):
-    network = network_of("compact", image_size=96, train_image_encoder=True, shaken=False, **settings).train()
-    images, labels = polyps(shared / "data" / "kvasir_seg", 8, 96)
-    optimiser = torch.optim.AdamW(learning(network).values(), lr=5e-4, fused=True)
-    for _ in range(100):
-        optimiser.zero_grad()
-        recipe_loss(network(images), labels).backward()
-        optimiser.step()
-    with torch.no_grad():
-        found = network.eval()(images).argmax(dim=1)
-    overlap = (found * labels).sum(dim=(1, 2))
-    dice = 2 * overlap / (found.sum(dim=(1, 2)) + labels.sum(dim=(1, 2)))
-    assert len(dice) == 8
-    assert dice.mean() > 0.9
