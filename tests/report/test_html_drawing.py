@@ -20,7 +20,18 @@ from scripts.report.html.charts import (
     thinned,
     whisker_ends,
 )
-from scripts.report.html.drawing import SERIES, Area, Curve, Dot, Drawing, Label, rectangle, svg_text, write_png
+from scripts.report.html.drawing import (
+    SERIES,
+    Area,
+    Curve,
+    Dot,
+    Drawing,
+    Label,
+    rectangle,
+    svg_text,
+    text_width,
+    write_png,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -108,6 +119,21 @@ def test_runs_have_their_own_colours_and_a_legend():
     assert {"first", "second"} <= set(texts)
     assert texts.count("class 0") == 1
     assert {shape.edge for shape in chart.shapes if isinstance(shape, Area)} == {None, *SERIES[:2]}
+
+
+@pytest.mark.parametrize("runs", [2, 6])
+def test_long_names_of_many_runs_all_find_room(runs):
+    names = [f"a rather long folder of run number {number}/evaluation" for number in range(runs)]
+    drawn = [Box("liver", name, np.array([0.2, 0.4])) for name in names]
+    chart = box_chart(drawn, name="b", title="t", axis_title="DSC")
+    labels = {shape.text: shape.at for shape in chart.shapes if isinstance(shape, Label)}
+    for name in names:
+        x, y = labels[name]
+        assert x + text_width(name) <= chart.width
+        assert y < min(dot.centre[1] for dot in chart.shapes if isinstance(dot, Dot))
+    lines = sorted({labels[name][1] for name in names})
+    assert len(lines) == -(-runs // 2)
+    assert np.diff(lines).tolist() == [20.0] * (len(lines) - 1)
 
 
 def test_every_series_is_legible_on_white():

@@ -29,7 +29,7 @@ MOST_POINTS = 300
 """Points of a curve; of more, neighbours are averaged and their range is a band."""
 
 _WIDE, _NARROW, _SMALL_HEIGHT, _SQUARE = 760.0, 330.0, 190.0, 360.0
-_ROW, _GAP, _BOX = 20.0, 12.0, 12.0
+_ROW, _GAP, _BOX, _LEGEND_LINE = 20.0, 12.0, 12.0, 20.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 16.0, 34.0, 44.0
 _TITLE_SIZE = 13.0
 _WHISKER = 1.5  # of the range between the quartiles: Tukey, Exploratory Data Analysis, 1977
@@ -77,10 +77,11 @@ def box_chart(
     left = 14 + max(text_width(box.label) for box in boxes)
     values = np.concatenate([box.values for box in boxes])
     axis = Axis(*fitted_range(values.tolist(), least=least, most=most), start=left, end=_WIDE - _RIGHT - 14)
-    top = _TOP + (20 if len(series) > 1 else 0)
+    named = _legend_lines(series) if len(series) > 1 else []
+    top = _TOP + _LEGEND_LINE * len(named)
     rows, bottom = _box_rows(boxes, top)
     shapes: list[Shape] = [Label((1, 18), title, size=_TITLE_SIZE)]
-    shapes += _legend(series, y=40) if len(series) > 1 else []
+    shapes += _legend(named, y=40)
     shapes += horizontal_axis(axis, top=top, bottom=bottom, title=axis_title)
     for box, middle in zip(boxes, rows, strict=True):
         shapes += _box_shapes(box, axis, middle, SERIES[series.index(box.series) % len(SERIES)])
@@ -244,13 +245,32 @@ def whisker_ends(values: Values) -> tuple[float, float]:
     return float(within.min()), float(within.max())
 
 
-def _legend(series: Sequence[str], y: float) -> list[Shape]:
+def _legend_lines(series: Sequence[str]) -> list[list[str]]:
+    """Divide the names of runs into lines as wide as the chart, at least one name in each."""
+    lines: list[list[str]] = [[]]
+    for name in series:
+        if lines[-1] and sum(map(_legend_width, [*lines[-1], name])) > _WIDE:
+            lines.append([])
+        lines[-1].append(name)
+    return lines
+
+
+def _legend_width(name: str) -> float:
+    """Give the room of a name with its square, and of the gap behind it."""
+    return 35 + text_width(name)
+
+
+def _legend(lines: Sequence[Sequence[str]], y: float) -> list[Shape]:
+    """Name the colours of the runs, line by line, the first at y."""
     shapes: list[Shape] = []
-    x = 1.0
-    for index, name in enumerate(series):
-        shapes.append(Area(rectangle(x, y - 10, x + 10, y), fill=SERIES[index % len(SERIES)]))
-        shapes.append(Label((x + 15, y), name))
-        x += 35 + text_width(name)
+    index = 0
+    for number, names in enumerate(lines):
+        x, base = 1.0, y + number * _LEGEND_LINE
+        for name in names:
+            shapes.append(Area(rectangle(x, base - 10, x + 10, base), fill=SERIES[index % len(SERIES)]))
+            shapes.append(Label((x + 15, base), name))
+            x += _legend_width(name)
+            index += 1
     return shapes
 
 
