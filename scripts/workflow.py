@@ -1,5 +1,6 @@
 """Run the bundle's configs from Python, with overlays and settings."""
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ def run_configs(configs: Sequence[str | Path], overrides: dict[str, Any]) -> Any
             near = difflib.get_close_matches(name, list(known), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"there is no setting '{name}' in {', '.join(Path(file).name for file in files)}{hint}")
-    workflow.parser.update({name: as_setting(value, known.get(name)) for name, value in overrides.items()})
+    # MONAI rewrites nested settings in place, and the caller goes on with his own.
+    own = copy.deepcopy(overrides)
+    workflow.parser.update({name: as_setting(value, known.get(name)) for name, value in own.items()})
     workflow.initialize()
     workflow.run()
     workflow.finalize()

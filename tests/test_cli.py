@@ -1,5 +1,6 @@
 """The command line: what a person types, reads and finds in the output folder."""
 
+import copy
 import gzip
 import json
 import os
@@ -713,6 +714,19 @@ def test_settings_are_read_as_in_a_config():
     assert as_setting("none", None) is None
     assert as_setting("none", "$@bundle_root + '/model.pt'") is None
     assert as_setting("none", "feature_skip") == "none"  # one of the words that this setting may have
+
+
+def test_nested_settings_of_a_caller_stay_as_they_are(tmp_path, dataset):
+    """MONAI writes `::` for `#` in them; a study that runs twice would take them for others."""
+    schedule = {
+        "_target_": "torch.optim.lr_scheduler.StepLR",
+        "optimizer": "@optimizer",
+        "step_size": "$len(@train#dataloader)",
+    }
+    settings = {"lr_scheduler": schedule, "schedule_by_loss": "$lambda engine: ()", "max_epochs": 1, "image_size": 32}
+    before = copy.deepcopy(settings)
+    cli.train(str(dataset), output=str(tmp_path / "run"), from_scratch=True, progress_bar=False, **settings)
+    assert settings == before
 
 
 def test_interruption(tmp_path, run, volume, model, monkeypatch):
