@@ -108,6 +108,7 @@ def test_sets_of_ones_own_are_described_by_options(command, tmp_path):
     assert datalist["training"][0]["counts"]["voxels"] == {"left kidney": 32, "liver": 32}
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tables, tmp_path):
     trees.abdomenct1k(tmp_path / "in")
     for workers in (1, 2):
