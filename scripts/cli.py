@@ -6,14 +6,17 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fire
 from tqdm import tqdm
 
 from scripts.command_words import for_fire, later, perform
-from scripts.errors import CheckpointError, ConfigError, TrainingError
+from scripts.errors import CheckpointError, ConfigError, InputError, PromptError, TrainingError
 from scripts.workflow import BUNDLE_ROOT, CONFIGS, as_setting, find_overlays, run_configs
+
+if TYPE_CHECKING:
+    from scripts.data.prompts import Prompts
 
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -25,10 +28,14 @@ def infer(
     source: str,
     *,
     classes: str | Sequence[str | int] | None = None,
+    boxes: Any = None,
+    points: Any = None,
+    prompts: str | None = None,
     modality: str | None = None,
     output: str = "out",
     checkpoint: str | None = None,
     network: str | None = None,
+    config: str | Sequence[str] = (),
     probability_maps: bool = False,
     samples: int = 1,
     runtime: str = "torch",
@@ -39,25 +46,33 @@ def infer(
 
     Args:
         source: the file or folder.
-        classes: names or ids, separated by commas; all that were trained for the modality if none is given.
+        classes: names or ids, separated by commas; all that were trained for the modality if nothing is asked for.
+        boxes: of one image, x_min, y_min, x_max, y_max each, as [[30,40,90,110]], or with z in a volume, see
+            docs/prompts.md.
+        points: of one image, as [[52,61]] for points in one object, see docs/prompts.md.
+        prompts: JSON file with classes, boxes and points, in place of the three.
         modality: CT, MR, endoscopy, dermoscopy, xray, fundus, ultrasound or microscopy, where the file does not tell.
         output: folder of label maps, names, colours and overlay pictures.
         checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
         network: automedsam or hsp_sam, for the checkpoint to be compared with; the checkpoint knows it by itself.
+        config: overlays over configs/inference.json, separated by commas; networks/medsam_vit_b tells how a published
+            weights file is built, which has no card beside it and is asked by boxes and points.
         probability_maps: also write each class's probabilities, in which overlapping classes stay apart.
         samples: how often to draw the diffusion noise; of several draws the mean decides, and their spread is written
             as a map of uncertainty for each class.
         runtime: torch, or onnx for ONNX Runtime on a CPU.
-        force: accept classes that were not trained in this modality.
+        force: accept what the model was not trained for: classes in this modality, boxes and points.
         overrides: further settings of configs/inference.json.
     """
-    model = _of_checkpoint(checkpoint, with_trained=True)
+    overlays = find_overlays(config)
+    model = _of_published(checkpoint) if overlays and checkpoint else _of_checkpoint(checkpoint, with_trained=True)
     _require_network(network, model["architecture"], checkpoint)
-    _require_sense(classes, modality, trained=model["trained"], force=force)
+    asked = _read_prompts(prompts, classes=classes, boxes=boxes, points=points)
+    _require_sense(asked, modality, trained=model["trained"], force=force)
     folder = _writable(output)
     settings = {
         "dataset_dir": str(Path(source).absolute()),
-        "classes": classes,
+        **asked.model_dump(),
         "modality": modality,
         "output_dir": str(folder),
         "probability_maps": probability_maps,
@@ -67,7 +82,7 @@ def infer(
     }
     if samples > 1:
         settings["noise_seed"] = 0
-    run_configs(["inference.json", *OVERLAYS[model["architecture"]]], {**settings, **model, **overrides})
+    run_configs(["inference.json", *OVERLAYS[model["architecture"]], *overlays], {**settings, **model, **overrides})
     return f"label maps, names and pictures are in {folder}"
 
 
@@ -586,8 +601,27 @@ def _quieten() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
 
+def _read_prompts(path: str | None, **parts: Any) -> "Prompts":
+    """Read what is asked for, from a file or from its parts.
+
+    Raises:
+        PromptError: both were given, or what they hold is not written as it should be.
+        InputError: the file cannot be read.
+    """
+    from scripts.data.prompts import Prompts
+
+    if path is None:
+        return Prompts.read(**parts)
+    if any(part is not None for part in parts.values()):
+        raise PromptError("give --prompts FILE, or --classes, --boxes and --points, not both")
+    try:
+        return Prompts.read(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; --prompts takes a JSON file, see docs/prompts.md") from error
+
+
 def _require_sense(
-    asked: str | Sequence[str | int] | None,
+    asked: "Prompts",
     modality: str | None,
     *,
     trained: Mapping[str, Sequence[str]],
@@ -598,12 +632,11 @@ def _require_sense(
     Raises:
         PromptError: an unknown class or modality, or a class that was not trained there.
     """
-    from scripts.data.vocabulary import Vocabulary, choose_classes, parse_prompts
+    from scripts.data.vocabulary import Vocabulary, choose_classes
 
-    prompts = parse_prompts(asked)
-    if prompts is not None or modality is not None:
+    if asked.classes is not None or (modality is not None and not asked.objects):
         vocabulary = Vocabulary.read(CONFIGS / "classes.yaml")
-        choose_classes(vocabulary, prompts=prompts, modality=modality, trained=trained, force=force)
+        choose_classes(vocabulary, prompts=asked.classes, modality=modality, trained=trained, force=force)
 
 
 def _require_network(asked: str | None, found: str, checkpoint: str | None) -> None:
@@ -641,8 +674,18 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
         **card.network,
         **card.preprocessing,
         "quality_head": bool(card.training.get("quality_head_trained")),
-        **({"trained": card.trained} if with_trained else {}),
+        **(
+            {"trained": card.trained, "boxes_trained": bool(card.training.get("boxes_trained"))} if with_trained else {}
+        ),
     }
+
+
+def _of_published(checkpoint: str) -> dict[str, Any]:
+    """Give the settings of a weights file that overlays describe; a card beside it counts all the same."""
+    path = Path(checkpoint).absolute()
+    if path.with_suffix(".json").is_file() or not path.is_file():
+        return _of_checkpoint(checkpoint, with_trained=True)
+    return {"checkpoint": str(path), "architecture": "automedsam", "trained": {}, "boxes_trained": True}
 
 
 def _of_datalist(datalist: str | Sequence[str]) -> dict[str, Any]:

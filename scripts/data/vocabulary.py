@@ -5,6 +5,7 @@ It also knows what cannot be: which class never shows in which modality, or in a
 `configs/classes.yaml` is its table; prompts, label maps, metadata and reports all go through it.
 """
 
+import colorsys
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ _MODALITY_KEYS = {"description", "synonyms", "dicom_codes"}
 _REGION_KEYS = {"neighbours"}
 _CLASS_KEYS = {"id", "name", "synonyms", "modalities", "region", "partner", "colour"}
 _SHORTEST_PART = 4  # letters from which a part of a name ("kidney") says which classes may be meant
+_LARGEST_CLASS_ID = 200  # what comes above stands for objects that have no name
+_OBJECTS = 54  # 201 to 254, of the 255 values of a label map in bytes
+_HUE_STEP = 0.618  # of the circle, the golden ratio: neighbours in number are far apart in colour
 _SURELY_MEANT = 0.85  # share of matching letters between synonyms; at 0.8 "heart" would mean "hepar", the liver
 
 
@@ -125,12 +129,27 @@ class Vocabulary:
         """All canonical modality names, in the order of the table."""
         return tuple(modality.name for modality in self.modalities)
 
+    def object_id(self, number: int) -> int:
+        """Give the id of an object that was pointed at and has no name, 201 for number 1.
+
+        Raises:
+            PromptError: there are more than a label map has values for.
+        """
+        if not 1 <= number <= _OBJECTS:
+            raise PromptError(f"At most {_OBJECTS} objects without a name fit into one label map: name some of them.")
+        return _LARGEST_CLASS_ID + number
+
     def entry(self, class_id: int) -> ClassEntry:
-        """Look up a class by its id.
+        """Look up a class by its id, or an object without a name, see `object_id`.
 
         Raises:
             PromptError: no class has this id; the text lists the known ones.
         """
+        if _LARGEST_CLASS_ID < class_id <= _LARGEST_CLASS_ID + _OBJECTS:
+            return _object_entry(class_id)
+        return self._class_entry(class_id)
+
+    def _class_entry(self, class_id: int) -> ClassEntry:
         if class_id not in self._by_id:
             raise PromptError(f"Class id {class_id} is unknown. {self._class_choices()}")
         return self._by_id[class_id]
@@ -146,11 +165,9 @@ class Vocabulary:
         """
         if isinstance(prompt, bool) or not isinstance(prompt, str | int):
             raise PromptError(f"A class is asked for by name or id, but {prompt!r} came. {self._class_choices()}")
-        if isinstance(prompt, int):
-            return self.entry(prompt)
         # Looked at before separators go, or "1.5" would be class 15 and "-1" class 1.
-        if prompt.strip().isdecimal():
-            return self.entry(int(prompt))
+        if isinstance(prompt, int) or prompt.strip().isdecimal():
+            return self._class_entry(int(prompt))
         key = _normalise(prompt)
         if key not in self._by_name:
             raise PromptError(f"Class {prompt!r} is unknown.{self._suggestion(key)} {self._class_choices()}")
@@ -413,13 +430,20 @@ def _read_classes(
     return tuple(sorted(entries, key=lambda entry: entry.id))
 
 
+def _object_entry(object_id: int) -> ClassEntry:
+    """Make the entry of an object without a name, the same for the same id."""
+    number = object_id - _LARGEST_CLASS_ID
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(number * _HUE_STEP % 1, 0.75, 0.95))
+    return ClassEntry(object_id, f"object {number}", (), (), "", None, (red, green, blue))
+
+
 def _class_ids(table: Sequence["_Row"]) -> dict[str, int]:
     """Give each name its id, and each row a place in error texts that names the class."""
     ids: dict[str, int] = {}
     for row in table:
         name = row.text("name")
         row.place = f"{row.place} ({name!r})"
-        class_id = row.value("id", _is_id, "a whole number of 1 or more")
+        class_id = row.value("id", _is_id, f"a whole number from 1 to {_LARGEST_CLASS_ID}")
         if class_id in ids.values():
             raise row.error(f"id {class_id} is taken by another row; give the next free one")
         ids[name] = class_id
@@ -481,7 +505,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_CLASS_ID
 
 
 def _is_colour(value: Any) -> bool:

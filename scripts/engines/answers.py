@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from scripts.errors import PromptError
+
 ABSENT_LOGIT = -1e4  # of a class that was not asked for: probability 0 in half precision too
 _SURE = 1e-7  # how near to 0 and 1 a mean of probabilities counts, so that its logit is a number
 
@@ -118,6 +120,38 @@ class CaseAnswers:
         if self.quality is not None:
             return JudgedLogits(logits, spread, self.quality)
         return logits if spread is None else SampledLogits(logits, spread)
+
+
+def merge_channels(
+    answer: torch.Tensor | SampledLogits | JudgedLogits, groups: Sequence[Sequence[int]]
+) -> torch.Tensor | SampledLogits | JudgedLogits:
+    """Let the answers to some questions share a channel: in each pixel the largest logit holds, with its uncertainty.
+
+    Args:
+        answer: to Q questions.
+        groups: of which of them each of K channels is made.
+
+    Returns:
+        The same with K channels.
+
+    Raises:
+        PromptError: the quality of a channel of several answers, of which each has its own.
+    """
+    if isinstance(answer, JudgedLogits):
+        if any(len(group) > 1 for group in groups):
+            raise PromptError("the quality is known of each object by itself: name each one differently, or none")
+        order = [group[0] for group in groups]
+        quality = SliceQuality(*(part[:, order] for part in answer.quality))
+        spread = None if answer.uncertainty is None else answer.uncertainty[:, order]
+        return JudgedLogits(answer.logits[:, order], spread, quality)
+    if isinstance(answer, SampledLogits):
+        logits, winners = zip(*(answer.logits[:, list(group)].max(dim=1) for group in groups), strict=True)
+        spreads = [
+            answer.uncertainty[:, list(group)].gather(1, winner.unsqueeze(1)).squeeze(1)
+            for group, winner in zip(groups, winners, strict=True)
+        ]
+        return SampledLogits(torch.stack(logits, dim=1), torch.stack(spreads, dim=1))
+    return torch.stack([answer[:, list(group)].amax(dim=1) for group in groups], dim=1)
 
 
 def _no_quality(depth: int, classes: int, samples: int) -> SliceQuality:

@@ -118,7 +118,8 @@ class PrepareCase(PrepareBatch):
     """Make the inferer's arguments of a batch that is one whole case, without a batch axis.
 
     Args:
-        class_ids: the K classes of the answer's channels; None takes those that the case itself asks for.
+        class_ids: the K classes of the answer's channels; None leaves them to what the case itself asks for, see
+            `scripts.data.placing.PlacePromptsd`.
         presence: `all` asks for every annotated class in every slice; `oracle` only for those that the truth has
             there, as the paper's group evaluates. The two must never share a table.
         boxes: whether to hand over the true boxes too, for `BoxPromptInferer`. Where a class is not, there is no box,
@@ -151,12 +152,11 @@ class PrepareCase(PrepareBatch):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[()], dict[str, Any]]:
         """Return the image (1, C, H, W, D), its label if any, and which classes to ask for where."""
-        image = convert_to_tensor(batchdata["image"], track_meta=False)
+        # With its metadata where the case itself asks: there the inferer finds what for.
+        image = convert_to_tensor(batchdata["image"], track_meta=self.class_ids is None)
         label = convert_to_tensor(batchdata.get("label"), track_meta=False)
         arguments: dict[str, Any] = {"case": batchdata["case"]}
-        if self.class_ids is None:
-            arguments["class_ids"] = batchdata["class_ids"]
-        else:
+        if self.class_ids is not None:
             arguments["class_ids"] = self.class_ids
             arguments["presence"] = self._questions(batchdata)
         if self.boxes:

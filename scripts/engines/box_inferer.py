@@ -113,7 +113,6 @@ class BoxPromptInferer(ClassPromptInferer):
         embedding: torch.Tensor,
         slices: CaseSlices,
         asked: tuple[Sequence[int], Sequence[int]],
-        ids: Sequence[int],
         sample: int,
     ) -> PromptEmbeddings:
         """Make SAM's prompts of the boxes of B slices and K classes: B x K rows, slice by slice."""
@@ -161,3 +160,8 @@ class BoxPromptTraining(Inferer):
         prompts = network.encode_boxes(box)
         logits, quality = network.decode(embedding, prompts)
         return MaskPrediction(logits, quality, prompts, prompts)
+
+
+def trains_on_boxes(inferer: Inferer) -> bool:
+    """Say for a model's card whether a training's inferer teaches the mask decoder boxes."""
+    return isinstance(inferer, BoxPromptTraining)

@@ -3,23 +3,27 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
+from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from tqdm import tqdm
 
 from scripts.data.embeddings import EmbeddingStore, slices_key
 from scripts.data.fitting import network_slices, restore_from_square
+from scripts.data.placing import ImagePrompts, PromptedObject
 from scripts.engines.acceleration import require_bfloat16
 from scripts.engines.answers import CaseAnswers, JudgedLogits, SampledLogits
 from scripts.engines.batches import diffusion_noise
 from scripts.engines.runtimes import OnnxNetwork, choose_runtime
-from scripts.errors import ConfigError
+from scripts.errors import ConfigError, PromptError
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.prompts import PromptEmbeddings
+
+Question = int | PromptedObject  # a class by its id, or an object by box or points
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,16 @@ class CaseSlices:
 
     Attributes:
         case: its name.
+        original: rows and columns (H, W) of its slices.
+        questions: the K things that are asked for.
         places: where the n slices are in the case.
         pixels: as the network takes them, `(n, 3, S, S)`.
-        asked: which class is asked for in which slice, `(K, n)` bool, on the CPU.
+        asked: what is asked for in which slice, `(K, n)` bool, on the CPU.
     """
 
     case: str
+    original: tuple[int, int]
+    questions: Sequence[Question]
     places: list[int]
     pixels: torch.Tensor
     asked: torch.Tensor
@@ -41,7 +49,12 @@ class CaseSlices:
     def some(self, rows: Sequence[int]) -> "CaseSlices":
         """Give some of them, by their numbers from 0 to n - 1."""
         chosen = list(rows)
-        return CaseSlices(self.case, [self.places[row] for row in chosen], self.pixels[chosen], self.asked[:, chosen])
+        return replace(
+            self,
+            places=[self.places[row] for row in chosen],
+            pixels=self.pixels[chosen],
+            asked=self.asked[:, chosen],
+        )
 
 
 class ClassPromptInferer(Inferer):
@@ -119,7 +132,8 @@ class ClassPromptInferer(Inferer):
         Args:
             inputs: `(1, C, H, W, D)`, intensities in 0...255, C = 1 or 3.
             network: an `AutoMedSAM`, wrapped for several processes or not.
-            class_ids: the K classes to ask for.
+            class_ids: the K classes to ask for; where None, those that `PlacePromptsd` wrote into the metadata of
+                `inputs`, or else this inferer's own.
             presence: `(1, K, D)` bool, which class to ask for in which slice; None for all everywhere. What is not
                 asked for comes out absent.
             case: its name, which seeds the noise.
@@ -130,18 +144,39 @@ class ClassPromptInferer(Inferer):
 
         Raises:
             ConfigError: a runtime or a precision that the device does not have.
+            PromptError: boxes or points in the metadata, which this inferer does not ask for.
         """
+        if class_ids is None and (prompts := written_prompts(inputs)) is not None:
+            if prompts.objects:
+                raise PromptError(f"{type(self).__name__} asks for classes alone: leave boxes and points out.")
+            class_ids = prompts.class_ids
+        chosen = class_ids if class_ids is not None else self.class_ids or self._choose(network).class_ids
+        return self._answer(inputs, network, [int(class_id) for class_id in chosen], presence=presence, case=case)
+
+    def _answer(
+        self,
+        inputs: torch.Tensor,
+        network: torch.nn.Module,
+        questions: Sequence[Question],
+        *,
+        presence: torch.Tensor | None,
+        case: str,
+    ) -> torch.Tensor | SampledLogits | JudgedLogits:
+        """Answer K questions about a case, each in the slices of `presence` `(1, K, D)` or in all."""
         model = self._choose(network)
-        ids = [int(i) for i in (class_ids if class_ids is not None else self.class_ids or model.class_ids)]
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         _, height, width, depth = image.shape
-        asked = torch.ones((len(ids), depth), dtype=torch.bool) if presence is None else presence[0].cpu()
+        asked = torch.ones((len(questions), depth), dtype=torch.bool) if presence is None else presence[0].cpu()
         answers = CaseAnswers(
-            (height, width, depth), classes=len(ids), samples=self.samples, device=image.device, judged=self.quality
+            (height, width, depth),
+            classes=len(questions),
+            samples=self.samples,
+            device=image.device,
+            judged=self.quality,
         )
         with self._mixed(image.device):
-            for slices, repeated in self._distinct(image, asked, case, model.image_size):
-                self._segment(model, slices, ids, answers, (height, width))
+            for slices, repeated in self._distinct(image, questions, asked, case, model.image_size):
+                self._segment(model, slices, answers)
                 for place, source in repeated:
                     answers.repeat(place, source)
         return answers.result()
@@ -159,18 +194,19 @@ class ClassPromptInferer(Inferer):
         model = self._choose(network)
         image = convert_to_tensor(inputs, track_meta=False)[0]  # (C, H, W, D)
         everything = torch.ones((1, image.shape[3]), dtype=torch.bool)
-        for slices, _ in self._distinct(image, everything, "", model.image_size):
+        for slices, _ in self._distinct(image, [0], everything, "", model.image_size):
             self._embed(model, slices.pixels)
         return image.shape[3]
 
     def _distinct(
-        self, image: torch.Tensor, asked: torch.Tensor, case: str, image_size: int
+        self, image: torch.Tensor, questions: Sequence[Question], asked: torch.Tensor, case: str, image_size: int
     ) -> Iterator[tuple[CaseSlices, list[tuple[int, int]]]]:
         """Prepare a case's slices chunk by chunk, each only where none before is like it.
 
         Args:
             image: `(C, H, W, D)`.
-            asked: which class is asked for in which slice, `(K, D)` bool.
+            questions: the K things that are asked for.
+            asked: what is asked for in which slice, `(K, D)` bool.
             case: its name.
             image_size: side S of the network's input.
 
@@ -181,7 +217,7 @@ class ClassPromptInferer(Inferer):
         seen: dict[tuple[object, ...], int] = {}
         for places in self._chunks(image.shape[3]):
             pixels = network_slices(image[..., places[0] : places[-1] + 1], image_size)
-            slices = CaseSlices(case, places, pixels, asked[:, places])
+            slices = CaseSlices(case, (image.shape[1], image.shape[2]), questions, places, pixels, asked[:, places])
             sources = [seen.setdefault(self._identity(slices, row), place) for row, place in enumerate(places)]
             new = [row for row, place in enumerate(places) if sources[row] == place and slices.asked[:, row].any()]
             repeated = [(place, source) for place, source in zip(places, sources, strict=True) if place != source]
@@ -210,24 +246,17 @@ class ClassPromptInferer(Inferer):
                 yield places
                 bar.update(len(places))
 
-    def _segment(
-        self,
-        model: AutoMedSAM | OnnxNetwork,
-        slices: CaseSlices,
-        ids: Sequence[int],
-        answers: CaseAnswers,
-        original: tuple[int, int],
-    ) -> None:
-        """Ask for classes `ids` in n slices of `original` rows and columns."""
+    def _segment(self, model: AutoMedSAM | OnnxNetwork, slices: CaseSlices, answers: CaseAnswers) -> None:
+        """Ask what is asked of n slices."""
         embeddings = self._embed(model, slices.pixels)
-        for rows, columns in self._questions(slices.asked):
+        for rows, columns in self._bundles(slices):
             embedding = embeddings[rows]
             draws, qualities = [], []
             for sample in range(self.samples):
-                prompts = self._prompts(model, embedding, slices, (rows, columns), ids, sample)
+                prompts = self._prompts(model, embedding, slices, (rows, columns), sample)
                 squares, quality = model.decode(embedding, prompts)  # (B, K, S, S), (B, K)
                 qualities.append(quality)
-                draws.append(restore_from_square(squares.float(), size=model.image_size, original=original))
+                draws.append(restore_from_square(squares.float(), size=model.image_size, original=slices.original))
             answers.put([slices.places[row] for row in rows], columns, draws, qualities)
 
     def _prompts(
@@ -236,14 +265,14 @@ class ClassPromptInferer(Inferer):
         embedding: torch.Tensor,
         slices: CaseSlices,
         asked: tuple[Sequence[int], Sequence[int]],
-        ids: Sequence[int],
         sample: int,
     ) -> PromptEmbeddings:
         """Make the prompts of B slices and K classes `asked`, as rows and columns of `slices.asked`: B x K rows."""
         rows, columns = asked
-        places = [(slices.case, slices.places[row], ids[column]) for row in rows for column in columns]
-        noise = self._noise(model, places, sample, (len(rows), len(columns)), embedding.device)
-        asked_ids = torch.tensor([ids[column] for column in columns], device=embedding.device)
+        ids = [cast(int, slices.questions[column]) for column in columns]
+        places = [(slices.case, slices.places[row], class_id) for row in rows for class_id in ids]
+        noise = self._noise(model, places, sample, (len(rows), len(ids)), embedding.device)
+        asked_ids = torch.tensor(ids, device=embedding.device)
         return model.encode_classes(embedding, asked_ids.expand(len(rows), -1), noise=noise)
 
     def _embed(self, model: AutoMedSAM | OnnxNetwork, pixels: torch.Tensor) -> torch.Tensor:
@@ -259,17 +288,15 @@ class ClassPromptInferer(Inferer):
         with torch.autocast(pixels.device.type, enabled=False):  # what is kept is good for every precision
             return self.store.recall(pixels, encode).to(pixels)
 
-    def _questions(self, asked: torch.Tensor) -> Iterator[tuple[list[int], list[int]]]:
+    def _bundles(self, slices: CaseSlices) -> Iterator[tuple[list[int], list[int]]]:
         """Bundle what is asked: slices with the same classes, so that each slice's classes share what they can.
 
-        Args:
-            asked: `(K, n)` bool, which class is asked for in which slice.
-
         Yields:
-            Slices and classes, of which each slice is asked for each class: at most `prompts_at_once` questions.
+            Rows and columns of `slices.asked`, of which each slice is asked for each class: at most `prompts_at_once`
+            questions.
         """
         bundles: dict[tuple[int, ...], list[int]] = {}
-        for row, wanted in enumerate(asked.T.tolist()):
+        for row, wanted in enumerate(slices.asked.T.tolist()):
             columns = tuple(column for column, is_asked in enumerate(wanted) if is_asked)
             bundles.setdefault(columns, []).append(row)
         for columns, rows in bundles.items():
@@ -297,6 +324,11 @@ class ClassPromptInferer(Inferer):
         seeds = torch.tensor([_seed_of(self.noise_seed, *place, sample) for place in places])
         noise = diffusion_noise(seeds, prompts=1, grid_size=model.grid_size)  # (B K, 1, C, h, w)
         return noise.reshape(*shape, *noise.shape[2:]).to(device)
+
+
+def written_prompts(inputs: torch.Tensor) -> ImagePrompts | None:
+    """Find what `PlacePromptsd` wrote into an image's metadata; None where it did not."""
+    return inputs.meta.get("prompts") if isinstance(inputs, MetaTensor) else None
 
 
 def _seed_of(*parts: object) -> int:

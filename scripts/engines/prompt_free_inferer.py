@@ -32,21 +32,14 @@ class PromptFreeInferer(ClassPromptInferer):
         if self.runtime != "torch":
             raise ConfigError(f"HSP-SAM has the runtime torch alone, not {self.runtime}: leave runtime out")
 
-    def _segment(
-        self,
-        model: Any,
-        slices: CaseSlices,
-        ids: Sequence[int],
-        answers: CaseAnswers,
-        original: tuple[int, int],
-    ) -> None:
-        """Segment n slices of `original` rows and columns."""
+    def _segment(self, model: Any, slices: CaseSlices, answers: CaseAnswers) -> None:
+        """Segment n slices."""
         network = cast(HSPSAM, model)
         if not slices.places:
             return
-        channels = _channels(network, ids)
+        channels = _channels(network, cast(Sequence[int], slices.questions))
         squares = network(slices.pixels, known_only=True)  # (n, classes of the network, S, S)
-        logits = restore_from_square(squares.float(), size=network.image_size, original=original)
+        logits = restore_from_square(squares.float(), size=network.image_size, original=slices.original)
         chosen = asked_alone(logits, channels)
         for row, place in enumerate(slices.places):
             columns = slices.asked[:, row].nonzero().flatten().tolist()

@@ -192,6 +192,17 @@ class AutoMedSAM(nn.Module):
             sparse, dense = self.prompt_encoder(points=None, boxes=box.reshape(-1, 4), masks=None)
         return PromptEmbeddings(sparse, dense)
 
+    def encode_points(self, points: torch.Tensor, labels: torch.Tensor) -> PromptEmbeddings:
+        """Make SAM's own prompts of the points of N objects, without gradient.
+
+        Args:
+            points: `(N, P, 2)` of x, y in pixels of the input.
+            labels: `(N, P)`, 1 for a point in the object, 0 for one beside it.
+        """
+        with torch.no_grad():
+            sparse, dense = self.prompt_encoder(points=(points, labels), boxes=None, masks=None)
+        return PromptEmbeddings(sparse, dense)
+
     def decode(self, embedding: torch.Tensor, prompts: PromptEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts over their images.
 

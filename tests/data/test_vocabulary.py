@@ -352,9 +352,9 @@ def broken(index: int, **fields: object) -> dict:
     ("index", "fields", "message"),
     [
         (LIVER, {"id": 5}, r"class row 2 \('liver'\): id 5 is taken by another row"),
-        (LIVER, {"id": 0}, r"class row 2 \('liver'\): expected 'id' as a whole number of 1 or more, but 0 came"),
-        (LIVER, {"id": True}, "expected 'id' as a whole number of 1 or more, but True came"),
-        (LIVER, {"id": "1"}, "expected 'id' as a whole number of 1 or more, but '1' came"),
+        (LIVER, {"id": 0}, r"class row 2 \('liver'\): expected 'id' as a whole number from 1 to 200, but 0 came"),
+        (LIVER, {"id": True}, "expected 'id' as a whole number from 1 to 200, but True came"),
+        (LIVER, {"id": "1"}, "expected 'id' as a whole number from 1 to 200, but '1' came"),
         (LIVER, {"name": ""}, "class row 2: expected 'name' as a text, but '' came"),
         (LIVER, {"name": "R-Kidney"}, r"class row 2 .*: the name 'R-Kidney' is taken already, by 'right kidney'"),
         (LIVER, {"synonyms": ["Polyp"]}, r"class row 4 \('polyp'\): the name 'polyp' is taken already, by 'liver'"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from scripts.data.placing import ImagePrompts
 from scripts.engines.batches import (
     PrepareCase,
     PrepareLabelBatch,
@@ -112,14 +113,15 @@ def test_everything_is_brought_to_the_device(generator):
 
 
 def test_without_classes_of_its_own_the_case_is_asked_for_what_it_names(make_case):
-    case = make_case() | {"class_ids": [4, 9]}
+    case = make_case()
     del case["label"], case["annotated"]
+    case["image"].meta["prompts"] = ImagePrompts((4, 9))
     image, label, positional, arguments = PrepareCase()(case, "cpu")
-    assert type(image) is torch.Tensor
-    assert torch.equal(image[0], case["image"].as_tensor())
+    assert image.meta["prompts"].class_ids == (4, 9)
+    assert torch.equal(image[0].as_tensor(), case["image"].as_tensor())
     assert label is None
     assert positional == ()
-    assert arguments == {"case": "a", "class_ids": [4, 9]}
+    assert arguments == {"case": "a"}
 
 
 def test_every_annotated_class_is_asked_for_in_every_slice(make_case):
