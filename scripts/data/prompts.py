@@ -11,11 +11,11 @@ centres: x, y of a picture (column, row), x, y, z of a volume (first, second and
 patient lies in it does not matter; `scripts.data.placing` looks that up in the affine.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from scripts.data.vocabulary import parse_prompts
@@ -147,18 +147,18 @@ class Prompts(BaseModel):
         """Read prompts in any of the ways in which they are written.
 
         Args:
-            value: a mapping of the form above, or it as JSON; None for none.
-            parts: `classes`, `boxes` and `points` on their own, where they are not None. Each may be JSON. Classes
-                may be separated by commas. A box may be a bare list of numbers, and one box need not be in a list.
-                A list of points alone is one object.
+            value: a mapping of the form above, or it as JSON or YAML; None for none.
+            parts: `classes`, `boxes` and `points` on their own, where they are not None. Each may be JSON or YAML.
+                Classes may be separated by commas. A box may be a bare list of numbers, and one box need not be in a
+                list. A list of points alone is one object.
 
         Raises:
             PromptError: what is wrong, and how it is written.
         """
-        content = _from_json(value)
+        content = _from_text(value)
         if content is not None and not isinstance(content, Mapping):
             raise PromptError(f"Prompts are an object with {PARTS}, not {value!r}.")
-        given = {name: _from_json(part) for name, part in parts.items() if part is not None}
+        given = {name: _from_text(part) for name, part in parts.items() if part is not None}
         try:
             return cls(**{**(content or {}), **given})
         except ValidationError as error:
@@ -205,14 +205,15 @@ class Prompts(BaseModel):
         return bool(self.classes or self.objects)
 
 
-def _from_json(value: Any) -> Any:
-    """Read JSON where a text begins like it; any other value stays as it is."""
+def _from_text(value: Any) -> Any:
+    """Read JSON where a text begins like it, or YAML, which needs fewer quotes; any other value stays as it is."""
     if not (isinstance(value, str) and value.lstrip().startswith(("{", "["))):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
-        raise PromptError(f"Expected prompts as JSON, but {error}: {value!r}.") from error
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise PromptError(f"Expected prompts as JSON or YAML, but {reason}: {value!r}.") from error
 
 
 def _is_list(value: Any) -> bool:

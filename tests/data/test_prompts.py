@@ -28,6 +28,11 @@ def test_parts_on_their_own_are_the_whole():
     assert Prompts.read(**{name: json.dumps(part) for name, part in WHOLE.items()}) == Prompts.read(WHOLE)
 
 
+def test_yaml_needs_fewer_quotes():
+    prompts = Prompts.read(boxes="[{box: [1, 2, 3, 4], name: skin lesion}]")
+    assert prompts == Prompts.read(boxes=[{"box": [1, 2, 3, 4], "name": "skin lesion"}])
+
+
 @pytest.mark.parametrize("value", [None, {}, "{}", {"classes": None}, {"boxes": [], "points": []}, {"boxes": None}])
 def test_nothing_asked_for_is_false(value):
     prompts = Prompts.read(value)
@@ -83,8 +88,8 @@ def test_it_is_read_again_from_what_it_writes():
     [
         ({"value": "liver"}, "Prompts are an object with classes, boxes and points, not 'liver'."),
         ({"value": [1]}, r"Prompts are an object with classes, boxes and points, not \[1\]."),
-        ({"value": '{"classes": '}, "Expected prompts as JSON, but Expecting value"),
-        ({"boxes": "[[1, 2, 3"}, "Expected prompts as JSON"),
+        ({"value": '{"classes": '}, "Expected prompts as JSON or YAML, but expected the node content"),
+        ({"boxes": "[[1, 2, 3"}, "Expected prompts as JSON or YAML"),
         ({"value": {"klasses": 1}}, "Prompts have no klasses: the parts here are classes, boxes and points."),
         ({"classes": [1.5]}, r"classes: classes are names or ids, such as \['liver', 4\], not \[1.5\]."),
         ({"classes": True}, "classes: classes are names or ids"),
