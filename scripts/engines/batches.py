@@ -39,17 +39,31 @@ def diffusion_timesteps(seeds: torch.Tensor, *, prompts: int, steps: int) -> tor
     return torch.stack(rows)
 
 
+def drawn_share(seeds: torch.Tensor, *, prompts: int, share: float) -> torch.Tensor:
+    """Draw a share of each image's prompts from the image's own seed, `(B, K)` bool."""
+    rows = [torch.rand(prompts, generator=torch.Generator().manual_seed(seed + 2)) for seed in seeds.tolist()]
+    return torch.stack(rows) < share
+
+
 class PreparePromptBatch(PrepareBatch):
     """Make the network's arguments and the loss's targets of a batch of `PromptedSlices`.
 
     Args:
         grid_size: h = w of the network's embedding.
         diffusion_steps: T.
+        box_share: of the classes that are in their image, how many are asked for by their box in place of their name,
+            so that the mask decoder learns boxes too, 0 to 1.
+
+    Raises:
+        ConfigError: a share that is none.
     """
 
-    def __init__(self, *, grid_size: int, diffusion_steps: int) -> None:
+    def __init__(self, *, grid_size: int, diffusion_steps: int, box_share: float = 0.0) -> None:
+        if not 0 <= box_share <= 1:
+            raise ConfigError(f"box_share is a share from 0 to 1, not {box_share}")
         self.grid_size = grid_size
         self.diffusion_steps = diffusion_steps
+        self.box_share = box_share
 
     def __call__(
         self,
@@ -66,6 +80,9 @@ class PreparePromptBatch(PrepareBatch):
             "timestep": diffusion_timesteps(seeds, prompts=prompts, steps=self.diffusion_steps),
             "box": batchdata["box"],
         }
+        if self.box_share:
+            chosen = drawn_share(seeds, prompts=prompts, share=self.box_share)
+            arguments["by_box"] = chosen & batchdata["present"]
         targets = PromptTargets(batchdata["label"], batchdata["distance"], batchdata["present"])
 
         def move(tensor: torch.Tensor) -> torch.Tensor:

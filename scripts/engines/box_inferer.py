@@ -162,6 +162,11 @@ class BoxPromptTraining(Inferer):
         return MaskPrediction(logits, quality, prompts, prompts)
 
 
-def trains_on_boxes(inferer: Inferer) -> bool:
-    """Say for a model's card whether a training's inferer teaches the mask decoder boxes."""
-    return isinstance(inferer, BoxPromptTraining)
+def trains_on_boxes(inferer: Inferer, *, share: float) -> bool:
+    """Say for a model's card whether a training teaches the mask decoder boxes.
+
+    Args:
+        inferer: of the training.
+        share: of the classes that are asked for by their box.
+    """
+    return share > 0 or isinstance(inferer, BoxPromptTraining)

@@ -129,6 +129,7 @@ class AutoMedSAM(nn.Module):
         noise: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
         box: torch.Tensor | None = None,
+        by_box: torch.Tensor | None = None,
         embedded: bool = False,
     ) -> torch.Tensor | MaskPrediction:
         """Segment images, all known classes or those asked for.
@@ -139,6 +140,8 @@ class AutoMedSAM(nn.Module):
             noise: standard normal values `(B, K, 256, h, w)` of the forward diffusion; None means none.
             timestep: diffusion steps `(B, K)`, from 1 to T; None means T.
             box: true boxes `(B, K, 4)`, xyxy in pixels of the input, from which the teacher's prompts are made.
+            by_box: `(B, K)` bool, where the mask decoder gets the teacher's prompts in place of the class's, so that it
+                learns boxes too; None for nowhere.
             embedded: whether `image` has been through the image encoder before.
 
         Returns:
@@ -150,8 +153,10 @@ class AutoMedSAM(nn.Module):
         if class_ids is None:
             return self._all_classes(embedding)
         prompts = self.encode_classes(embedding, class_ids, noise=noise, timestep=timestep)
-        logits, quality = self.decode(embedding, prompts)
-        return MaskPrediction(logits, quality, prompts, None if box is None else self.encode_boxes(box))
+        teacher = None if box is None else self.encode_boxes(box)
+        given = prompts if teacher is None or by_box is None else _mixed(prompts, teacher, by_box.flatten())
+        logits, quality = self.decode(embedding, given)
+        return MaskPrediction(logits, quality, prompts, teacher)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, 256, h, w)`, once for all their prompts."""
@@ -231,3 +236,13 @@ class AutoMedSAM(nn.Module):
         channels = logits.new_full((images, 1 + self.class_ids[-1], *logits.shape[2:]), lowest)
         channels[:, 0] = 0.0
         return channels.index_copy(1, ids, logits)
+
+
+def _mixed(prompts: PromptEmbeddings, teacher: PromptEmbeddings, chosen: torch.Tensor) -> PromptEmbeddings:
+    """Take the teacher's prompts in the rows `chosen` `(N,)`, the others' elsewhere."""
+    if prompts.sparse.shape != teacher.sparse.shape:
+        raise ConfigError("boxes are learned beside classes with both branches of prompts alone: leave box_share at 0")
+    return PromptEmbeddings(
+        torch.where(chosen[:, None, None], teacher.sparse, prompts.sparse),
+        torch.where(chosen[:, None, None, None], teacher.dense, prompts.dense),
+    )

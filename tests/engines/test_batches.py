@@ -3,6 +3,7 @@
 import pytest
 import torch
 from monai.data import MetaTensor
+from torch.testing import assert_close
 
 from scripts.data.placing import ImagePrompts
 from scripts.engines.batches import (
@@ -93,6 +94,38 @@ def test_a_batch_of_questions_becomes_arguments_and_targets(generator):
     assert torch.equal(arguments["box"], batch["box"])
     assert torch.equal(arguments["noise"], diffusion_noise(torch.arange(2), prompts=3, grid_size=4))
     assert torch.equal(arguments["timestep"], diffusion_timesteps(torch.arange(2), prompts=3, steps=7))
+
+
+def test_a_share_of_what_is_there_is_asked_for_by_its_box(generator):
+    batch = prompt_batch(generator, images=50, prompts=8)
+    batch["present"][:, :2] = False
+    _, _, _, arguments = PreparePromptBatch(grid_size=4, diffusion_steps=7, box_share=0.3)(batch)
+    by_box = arguments["by_box"]
+    assert not by_box[:, :2].any()
+    assert 0.22 < by_box[:, 2:].float().mean() < 0.38
+    alone = {name: value[7:8] for name, value in batch.items()}
+    _, _, _, of_one = PreparePromptBatch(grid_size=4, diffusion_steps=7, box_share=0.3)(alone)
+    assert torch.equal(of_one["by_box"], by_box[7:8])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_between_none_and_all(share):
+    with pytest.raises(ConfigError, match="box_share is a share from 0 to 1"):
+        PreparePromptBatch(grid_size=4, diffusion_steps=7, box_share=share)
+
+
+def test_where_a_box_asks_the_decoder_answers_the_box(build_network, generator):
+    """The masks are those of the two kinds of prompts, each asked alone; the prompts to learn stay the class's."""
+    network = build_network(class_ids=(1, 2, 3, 4, 5)).eval()
+    image, _, _, arguments = PreparePromptBatch(grid_size=4, diffusion_steps=1)(prompt_batch(generator))
+    by_box = torch.tensor([[True, False, False], [False, True, True]])
+    with torch.no_grad():
+        mixed = network(image, **arguments, by_box=by_box)
+        by_name = network(image, **arguments)
+        of_boxes, _ = network.decode(network.encode_image(image), network.encode_boxes(arguments["box"]))
+    assert_close(mixed.logits[by_box], of_boxes[by_box])
+    assert_close(mixed.logits[~by_box], by_name.logits[~by_box])
+    assert_close(mixed.prompts.sparse, by_name.prompts.sparse)
 
 
 @pytest.mark.parametrize(("images", "prompts"), [(1, 1), (2, 3)])
