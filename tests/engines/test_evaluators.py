@@ -10,6 +10,7 @@ from monai.transforms import Compose, Lambda
 from torch import nn
 from torch.utils.data import DataLoader
 
+from scripts.data.placing import ImagePrompts
 from scripts.engines.batches import PrepareCase, only_case
 from scripts.engines.evaluators import FAILURE, CaseEvaluator, TolerantDataset, intended_error
 from scripts.errors import InputError, OutputError, PromptError
@@ -175,14 +176,14 @@ def test_the_inferer_is_told_what_the_case_asks_for(make_case):
     told = []
 
     def note(image, network, **arguments):
-        told.append((tuple(image.shape), arguments))
+        told.append((tuple(image.shape), image.meta["prompts"].class_ids, arguments))
         return image
 
-    evaluator_of([make_case(), make_case("b") | {"class_ids": [9]}], inferer=note).run()
-    assert told == [
-        ((1, 1, 12, 16, 4), {"case": "a", "class_ids": [1, 2]}),
-        ((1, 1, 12, 16, 4), {"case": "b", "class_ids": [9]}),
-    ]
+    cases = [make_case(), make_case("b")]
+    for case, asked in zip(cases, [(1, 2), (9,)], strict=True):
+        case["image"].meta["prompts"] = ImagePrompts(asked)
+    evaluator_of(cases, inferer=note).run()
+    assert told == [((1, 1, 12, 16, 4), (1, 2), {"case": "a"}), ((1, 1, 12, 16, 4), (9,), {"case": "b"})]
 
 
 def test_segmenting_needs_no_label_and_leaves_no_gradient(make_case):
