@@ -3,12 +3,14 @@
 import logging
 import os
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from scripts.data import embeddings
 from scripts.data.embeddings import EmbeddingShape, EmbeddingStore, SliceEmbeddings, encoder_key, slices_key
@@ -204,6 +206,7 @@ def test_twenty_kills_lose_nothing(store):
         process = os.fork()
         if process == 0:
             torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())  # the one shared by fork would stay locked, were it held when killed
             SliceEmbeddings(store, slices, encode=_slowly).fill(progress=False)
             os._exit(0)
         time.sleep(moments.uniform(0.0, 0.06))
