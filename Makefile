@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LABEL := .venv-label
 
-.PHONY: setup demo test test-slow lint check bench clean
+.PHONY: setup setup-label demo test test-slow test-label lint check bench clean
 
 # The stamp is newer than both lists of requirements once everything is installed.
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
@@ -23,6 +24,19 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# MONAI Label wants an older numpy, and so has an environment of its own; see requirements-label.txt.
+$(LABEL)/.ready: requirements.txt requirements-label.txt
+	test -x $(LABEL)/bin/python || $(PYTHON) -m venv $(LABEL)
+	$(LABEL)/bin/pip install --quiet --upgrade pip
+	$(LABEL)/bin/pip install --quiet --no-deps monailabel==0.8.5
+	$(LABEL)/bin/pip install --quiet -r requirements-label.txt
+	touch $@
+
+setup-label: $(LABEL)/.ready
+
+test-label: setup-label
+	$(LABEL)/bin/python -m pytest apps/monailabel/tests
 
 lint: setup
 	$(BIN)/ruff check

@@ -22,7 +22,7 @@ STAGES = {
     "encoding the slice": "scripts.networks.automedsam:AutoMedSAM.encode_image",
     "class prompts": "scripts.networks.automedsam:AutoMedSAM.encode_classes",
     "masks": "scripts.networks.automedsam:AutoMedSAM.decode",
-    "overlay picture": "scripts.engines.postprocessing:DrawOverlayd.__call__",
+    "overlay picture": "scripts.engines.postprocessing:SaveImageOverlayd.__call__",
     "writing": "scripts.engines.postprocessing:SaveImageSegmentationd.__call__",
 }
 

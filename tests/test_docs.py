@@ -19,6 +19,8 @@ DOCUMENTS = (
     "docs/method.md",
     "docs/configuration.md",
     "docs/data.md",
+    "docs/prompts.md",
+    "docs/monai_label.md",
     "docs/evaluation.md",
     "docs/studies.md",
     "docs/data_license.txt",

@@ -5,11 +5,14 @@ Several of them can be read as one: classes are known by name, so that the same 
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monai.transforms import Transform
+
+from scripts.data.reading import find_inputs
 from scripts.data.vocabulary import Vocabulary
 from scripts.errors import InputError, PromptError
 from scripts.files import atomic_path
@@ -85,6 +88,61 @@ def read_datalist(
 def folder_names(path: Place | Sequence[Place]) -> str:
     """Name a datalist, or several, by the folders they lie in, without the rest of their paths: "ct, endoscopy"."""
     return ", ".join(file.absolute().parent.name for file in _paths(path))
+
+
+def source_names(cases: Iterable[Mapping[str, Any]], path: Place | Sequence[Place]) -> str:
+    """Name where cases come from: the folders of their images where there is no datalist, else `folder_names`.
+
+    Args:
+        cases: of `read_datalist` or of `complete_cases`.
+        path: the datalist, or a list of them; not read.
+    """
+    folders = {case["folder"] for case in cases if "folder" in case}
+    return ", ".join(sorted(folders)) or folder_names(path)
+
+
+class CompleteCased(Transform):
+    """Say of a bare pair of an image and a label map what a datalist would say.
+
+    MONAI Label trains on such pairs. A case of `read_datalist` passes as it is.
+
+    Args:
+        class_ids: the classes that the label map annotates; its values are these ids.
+        modality: canonical name.
+    """
+
+    def __init__(self, *, class_ids: Sequence[int], modality: str) -> None:
+        self.class_ids = sorted(int(class_id) for class_id in class_ids)
+        self.modality = modality
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give a copy of `data` with the keys of `read_datalist`, and `folder`, the name of the image's folder.
+
+        Raises:
+            InputError: the image is missing or of an unknown kind.
+        """
+        if "annotated" in data:
+            return dict(data)
+        name = find_inputs(data["image"])[0].name
+        folder = Path(data["image"]).absolute().parent.name
+        return {
+            "case": name,
+            **data,
+            "label_map": {class_id: class_id for class_id in self.class_ids},
+            "modality": self.modality,
+            "annotated": list(self.class_ids),
+            "patient": name,
+            "set": folder,
+            "folder": folder,
+        }
+
+
+def complete_cases(
+    cases: Iterable[Mapping[Hashable, Any]], *, class_ids: Sequence[int], modality: str
+) -> list[dict[Hashable, Any]]:
+    """Give cases with all that `CompleteCased` adds to those that came without a datalist."""
+    complete = CompleteCased(class_ids=class_ids, modality=modality)
+    return [complete(case) for case in cases]
 
 
 def write_datalist(datalist: Mapping[str, Any], path: str | Path) -> None:

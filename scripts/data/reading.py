@@ -191,7 +191,7 @@ def find_inputs(path: PathLike) -> InputList:
     _check_present(path)
     if os.path.isdir(path):
         return _find_in_folder(path)
-    if not _suffix(path) and not _is_dicom(path):
+    if not _suffix(path) and not is_dicom(path):
         raise InputError(f"{_name(path)}: unknown kind of file; expected {_expected_kinds()}")
     return InputList([InputFile(_stem(path), path)])
 
@@ -260,7 +260,7 @@ def dicom_series(folder: PathLike) -> list[list[str]]:
     """
     folder = os.fspath(folder)
     files = [entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    if not any(_may_be_dicom(file) and _is_dicom(file) for file in files):
+    if not any(_may_be_dicom(file) and is_dicom(file) for file in files):
         return []  # GDCM would complain on the error stream
     finder = itk.GDCMSeriesFileNames.New()
     # As MONAI's ITKReader: slices that differ in size, spacing, orientation or date make different volumes.
@@ -289,7 +289,7 @@ def _with_unique_names(inputs: Sequence[InputFile]) -> list[InputFile]:
     return unique
 
 
-def _is_dicom(path: str) -> bool:
+def is_dicom(path: str) -> bool:
     """Tell whether a file's content is DICOM."""
     return bool(itk.GDCMImageIO.New().CanReadFile(path))
 
@@ -401,7 +401,7 @@ def _read(path: Paths, *, converter: Converter | None = None) -> _Grid:
         raise InputError("expected at least one file of a stack, got an empty list")
     for file in files:
         _check_present(file)
-    if _may_be_dicom(files[0]) and _is_dicom(files[0]):
+    if _may_be_dicom(files[0]) and is_dicom(files[0]):
         return _read_with_itk(files)
     return _stack([_read_file(file, converter) for file in files], files)
 

@@ -470,6 +470,14 @@ class PromptedSlices(LabelledSlices):
         return np.concatenate([own, foreign])
 
 
+def with_data(dataset: LabelledSlices, data: Any) -> LabelledSlices:  # noqa: ARG001
+    """Give a dataset that was made of `data`.
+
+    In configs/train.json it is `train#dataset`, whose `data` MONAI Label sets, while the dataset itself is `slices`.
+    """
+    return dataset
+
+
 def _in_colour(image: torch.Tensor) -> torch.Tensor:
     """Repeat a grey channel: (1 or 3, S, S) to (3, S, S)."""
     return image.expand(3, -1, -1).contiguous()

@@ -21,7 +21,9 @@ from scripts.errors import ConfigError, PromptError
 _SEPARATORS = re.compile(r"[\s_.\-]+")
 _MODALITY_KEYS = {"description", "synonyms", "dicom_codes"}
 _REGION_KEYS = {"neighbours"}
-_CLASS_KEYS = {"id", "name", "synonyms", "modalities", "region", "partner", "colour"}
+_CLASS_KEYS = {"id", "name", "synonyms", "modalities", "region", "partner", "colour", "codes"}
+_CODE_KEYS = {"category", "type", "modifier", "anatomy"}
+_CODE_LENGTHS = (16, 16, 64)  # of scheme, value and meaning: DICOM's SH, SH and LO
 _SHORTEST_PART = 4  # letters from which a part of a name ("kidney") says which classes may be meant
 _LARGEST_CLASS_ID = 200  # what comes above stands for objects that have no name
 _OBJECTS = 54  # 201 to 254, of the 255 values of a label map in bytes
@@ -60,6 +62,38 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Code:
+    """One coded concept of DICOM.
+
+    Attributes:
+        scheme: designator of the coding scheme, "SCT" for SNOMED CT; a private one begins with 99.
+        value: e.g. "10200004".
+        meaning: e.g. "Liver".
+    """
+
+    scheme: str
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a class is in the codes of a DICOM Segmentation.
+
+    Attributes:
+        category: kind of property, of DICOM's context group 7150.
+        type: the property itself, of context group 7151 where it has one.
+        modifier: the side, of context group 244; None without one.
+        anatomy: where it lies, for what may lie elsewhere too, such as a lesion; None without one.
+    """
+
+    category: Code
+    type: Code
+    modifier: Code | None = None
+    anatomy: Code | None = None
+
+
+@dataclass(frozen=True)
 class ClassEntry:
     """One class that can be prompted.
 
@@ -71,6 +105,7 @@ class ClassEntry:
         region: name of the part of the body it belongs to.
         partner: id of the class that takes its place when an image is mirrored left to right, None without one.
         colour: red, green, blue in 0..255.
+        codes: for DICOM Segmentations; None where the table gives none.
     """
 
     id: int
@@ -80,6 +115,7 @@ class ClassEntry:
     region: str
     partner: int | None
     colour: tuple[int, int, int]
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -462,7 +498,21 @@ def _read_class(row: "_Row", ids: Mapping[str, int], known: Sequence[str], regio
         region=row.checked(row.text("region"), regions.__contains__, f"'region' as one of {', '.join(regions)}"),
         partner=None if partner is None else ids[partner],
         colour=tuple(row.value("colour", _is_colour, "three whole numbers in 0..255")),
+        codes=_read_codes(row),
     )
+
+
+def _read_codes(row: "_Row") -> Codes | None:
+    if "codes" not in row.fields:
+        return None
+    codes = _Row(row.fields["codes"], f"{row.place}: codes", allowed=_CODE_KEYS)
+    expected = "[scheme, value, meaning], three texts of at most 16, 16 and 64 letters"
+
+    def code(key: str) -> Code:
+        return Code(*codes.value(key, _is_code, expected))
+
+    given = {key: code(key) for key in ("modifier", "anatomy") if key in codes.fields}
+    return Codes(category=code("category"), type=code("type"), **given)
 
 
 def _known_modalities(row: "_Row", known: Sequence[str]) -> tuple[str, ...]:
@@ -510,6 +560,12 @@ def _is_id(value: Any) -> bool:
 
 def _is_colour(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(item) is int and 0 <= item <= 255 for item in value)
+
+
+def _is_code(value: Any) -> bool:
+    if not _is_texts(value) or len(value) != len(_CODE_LENGTHS):
+        return False
+    return all(len(part) <= longest for part, longest in zip(value, _CODE_LENGTHS, strict=True))
 
 
 class _Row:

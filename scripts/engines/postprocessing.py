@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, Transform
+from monai.transforms import MapTransform, SaveImaged
 from monai.utils import convert_to_numpy, convert_to_tensor
 
 from scripts.data.components import remove_small_components, smallest_sizes
+from scripts.data.dicom_seg import DICOM_SEG, OUTPUT_FORMATS, Algorithm, write_dicom_seg
 from scripts.data.vocabulary import ClassEntry, Vocabulary
 from scripts.data.writing import (
     prepare_output_folder,
@@ -20,6 +21,7 @@ from scripts.data.writing import (
     write_label_map,
     write_labels_json,
 )
+from scripts.errors import ConfigError
 from scripts.report.pictures import choose_slices, overlay_picture
 
 logger = logging.getLogger(__name__)
@@ -117,7 +119,18 @@ class LogitsToLabelMapd(MapTransform):
         return torch.from_numpy(small).to(logits.device)
 
 
-class DrawOverlayd(Transform):
+class _WritesFiles(SaveImaged):
+    """What writes a case's files, for programs that write them by themselves and leave such transforms out.
+
+    MONAI Label leaves out what is a `SaveImaged` by type, MONAI Deploy what has SaveImage in its name. Of MONAI's own
+    transform nothing else is used.
+    """
+
+    def __init__(self) -> None:
+        MapTransform.__init__(self, "pred")  # SaveImaged would set up a writer of its own
+
+
+class SaveImageOverlayd(_WritesFiles):
     """Draw the label map over the image, while both are in display orientation.
 
     Args:
@@ -126,6 +139,7 @@ class DrawOverlayd(Transform):
     """
 
     def __init__(self, vocabulary: Vocabulary, *, output_dir: str | Path) -> None:
+        super().__init__()
         self.vocabulary = vocabulary
         self.output_dir = output_dir
 
@@ -145,10 +159,8 @@ class DrawOverlayd(Transform):
         return dict(data)
 
 
-class SaveImageSegmentationd(Transform):
+class SaveImageSegmentationd(_WritesFiles):
     """Write the label map in the file's own axes, with names and colours beside it.
-
-    Its name contains SaveImage, by which MONAI Label and MONAI Deploy know the transforms that they replace.
 
     Args:
         vocabulary: names and colours.
@@ -156,6 +168,12 @@ class SaveImageSegmentationd(Transform):
         probability_maps: whether to write each class's probabilities too, of the logits under `logits`; overlapping
             classes stay apart there. Their uncertainty is written wherever there is one, under `uncertainty`.
         exclusive: whether the classes exclude one another, see `LogitsToMasksd`.
+        output_format: nifti, or dicom-seg for a DICOM Segmentation in place of the label map and its names and colours;
+            it needs the headers that `LoadSeriesd` leaves under `series`.
+        metadata: the bundle's metadata.json, which a DICOM Segmentation takes name and version of; not needed else.
+
+    Raises:
+        ConfigError: another format, or metadata that cannot be used.
     """
 
     def __init__(
@@ -165,7 +183,13 @@ class SaveImageSegmentationd(Transform):
         output_dir: str | Path,
         probability_maps: bool = False,
         exclusive: bool = False,
+        output_format: str = OUTPUT_FORMATS[0],
+        metadata: str | Path = "configs/metadata.json",
     ) -> None:
+        super().__init__()
+        if output_format not in OUTPUT_FORMATS:
+            raise ConfigError(f"the output format is one of {', '.join(OUTPUT_FORMATS)}, not {output_format!r}")
+        self.algorithm = Algorithm.read(metadata) if output_format == DICOM_SEG else None
         self.vocabulary = vocabulary
         self.output_dir = output_dir
         self.probability_maps = probability_maps
@@ -177,6 +201,7 @@ class SaveImageSegmentationd(Transform):
 
         Raises:
             OutputError: the folder cannot be written to.
+            InputError: a DICOM Segmentation cannot refer to the series.
         """
         folder = prepare_output_folder(self.output_dir)
         classes = [self.vocabulary.entry(class_id) for class_id in data["class_ids"]]
@@ -187,7 +212,7 @@ class SaveImageSegmentationd(Transform):
             "affine": np.asarray(meta["original_affine"], dtype=float),
             "planar": bool(meta["picture"]),
         }
-        path = write_label_map(convert_to_numpy(data["pred"])[0].astype(np.uint8), **place)
+        path = self._write_labels(convert_to_numpy(data["pred"])[0].astype(np.uint8), data, classes, place)
         names = [entry.name for entry in classes]
         if self.probability_maps:
             shares = probabilities(data["logits"], exclusive=self.exclusive)
@@ -195,11 +220,24 @@ class SaveImageSegmentationd(Transform):
         if "uncertainty" in data:
             spreads = (convert_to_numpy(spread.float()) for spread in data["uncertainty"])
             write_class_maps(spreads, kind="uncertainty", class_names=names, **place)
+        logger.info("wrote %s", path.name)
+        return dict(data)
+
+    def _write_labels(
+        self, labels: np.ndarray, data: Mapping[Hashable, Any], classes: Sequence[ClassEntry], place: Mapping[str, Any]
+    ) -> Path:
+        """Write the ids (H, W, D), and what they mean beside or within them."""
+        folder = place["folder"]
+        if self.algorithm is not None:
+            path = folder / f"{place['stem']}_seg.dcm"
+            return write_dicom_seg(
+                labels, data["series"], classes, path, affine=place["affine"], algorithm=self.algorithm
+            )
+        path = write_label_map(labels, **place)
         self.written |= {entry.id: entry for entry in classes}
         write_labels_json(self.written.values(), folder)
         write_colour_table(self.written.values(), folder)
-        logger.info("wrote %s", path.name)
-        return dict(data)
+        return path
 
 
 def probabilities(logits: torch.Tensor, *, exclusive: bool = False) -> Iterator[np.ndarray]:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from scripts.data.datalist import folder_names, read_datalist, trained_classes, write_datalist
+from scripts.data.datalist import (
+    CompleteCased,
+    complete_cases,
+    folder_names,
+    read_datalist,
+    source_names,
+    trained_classes,
+    write_datalist,
+)
 from scripts.data.vocabulary import Vocabulary
 from scripts.errors import InputError, OutputError
 
@@ -289,6 +297,44 @@ def test_datalists_are_named_by_their_folders(folder, frames, monkeypatch):
     monkeypatch.chdir(folder)
     assert folder_names("datalist.json") == folder.name
     assert folder_names(["datalist.json", frames]) == f"{folder.name}, {frames.parent.name}"
+
+
+# Pairs without a datalist
+
+
+@pytest.fixture
+def pair(folder):
+    (folder / "a.nii.gz").write_bytes(b"not read")
+    return {"image": str(folder / "a.nii.gz"), "label": str(folder / "m.nii.gz")}
+
+
+def test_a_bare_pair_is_completed(folder, pair):
+    assert CompleteCased(class_ids=[4, 1], modality="MR")(pair) == {
+        **pair,
+        "case": "a",
+        "label_map": {1: 1, 4: 4},
+        "modality": "MR",
+        "annotated": [1, 4],
+        "patient": "a",
+        "set": folder.name,
+        "folder": folder.name,
+    }
+
+
+def test_a_case_of_a_datalist_passes_as_it_is(folder, vocabulary):
+    case = read_one(folder, vocabulary)
+    assert complete_cases([case], class_ids=[9], modality="xray") == [case]
+
+
+def test_the_source_of_pairs_is_their_folder(folder, vocabulary, pair):
+    bare = complete_cases([pair, pair], class_ids=[1], modality="CT")
+    assert source_names(bare, "elsewhere/datalist.json") == folder.name
+    assert source_names([read_one(folder, vocabulary)], "elsewhere/datalist.json") == "elsewhere"
+
+
+def test_a_pair_whose_image_is_missing_is_refused(folder):
+    with pytest.raises(InputError, match="no such file"):
+        CompleteCased(class_ids=[1], modality="CT")({"image": str(folder / "gone.nii.gz"), "label": ""})
 
 
 # Paths

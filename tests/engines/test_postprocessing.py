@@ -9,14 +9,15 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import SaveImaged
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
 from scripts.data.vocabulary import Vocabulary
 from scripts.engines.postprocessing import (
-    DrawOverlayd,
     LogitsToLabelMapd,
     LogitsToMasksd,
+    SaveImageOverlayd,
     SaveImageSegmentationd,
     probabilities,
 )
@@ -272,7 +273,7 @@ def picture_case():
 
 
 def test_the_overlay_shows_the_prediction_where_it_is(vocabulary, picture_case, tmp_path):
-    result = DrawOverlayd(vocabulary, output_dir=tmp_path / "out")(picture_case)
+    result = SaveImageOverlayd(vocabulary, output_dir=tmp_path / "out")(picture_case)
     assert result == picture_case
     picture = np.asarray(Image.open(tmp_path / "out" / "p_overlay.png"))
     panel = picture[: int(picture.shape[0] * 0.8)]  # the legend with its swatches lies below
@@ -331,12 +332,18 @@ def test_names_and_colours_hold_for_every_case_of_the_folder(vocabulary, picture
     assert (tmp_path / "q_seg.png").exists()
 
 
-@pytest.mark.parametrize("transform", [DrawOverlayd, SaveImageSegmentationd])
+@pytest.mark.parametrize("transform", [SaveImageOverlayd, SaveImageSegmentationd])
 def test_a_place_that_is_no_folder_is_refused(vocabulary, picture_case, tmp_path, transform):
     place = Path(tmp_path / "file")
     place.write_text("in the way")
     with pytest.raises(OutputError, match="to be a folder"):
         transform(vocabulary, output_dir=place)(picture_case)
+
+
+@pytest.mark.parametrize("transform", [SaveImageOverlayd, SaveImageSegmentationd])
+def test_programs_that_write_by_themselves_know_what_to_leave_out(vocabulary, tmp_path, transform):
+    assert isinstance(transform(vocabulary, output_dir=tmp_path), SaveImaged), "as MONAI Label asks"
+    assert "SaveImage" in transform.__name__, "as MONAI Deploy asks"
 
 
 # Classes that exclude one another
