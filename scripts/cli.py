@@ -406,6 +406,55 @@ def half(model: str, *, output: str) -> str:
     return f"wrote {output}"
 
 
+def bundle(model: str, *, output: str, name: str | None = None) -> str:
+    """Write a MONAI bundle of its own around a trained model, for MONAI Label, MONAI Deploy and python -m monai.bundle.
+
+    Args:
+        model: a model.pt with its model.json.
+        output: folder of the bundle, new or empty.
+        name: of the bundle in its metadata; the folder's if none is given.
+    """
+    from scripts.packaging import package_model
+
+    known = ", ".join(package_model(model, output, name=name).classes.values())
+    return f"the bundle is in {Path(output).absolute()}; its model knows {known}"
+
+
+def weights(action: str = "list", name: str | None = None, *, output: str | None = None) -> str:
+    """List published weights (list), fetch some (get NAME), or say which of them a file is (verify FILE).
+
+    Args:
+        action: list, get or verify.
+        name: to get: in the list; to verify: the file.
+        output: folder of the files; the bundle's models/ if none is given.
+    """
+    from scripts.weights import perform_action
+
+    folder = BUNDLE_ROOT / "models" if output is None else Path(output).absolute()
+    return perform_action(action, name, listed=CONFIGS / "weights.yaml", folder=folder)
+
+
+def export(*, output: str, checkpoint: str | None = None, formats: str = "onnx,pt2,safetensors,torchscript") -> str:
+    """Write a model for other programs, each file compared with PyTorch before it takes its place, see docs/deploy.md.
+
+    Args:
+        output: folder of the files and of manifest.json.
+        checkpoint: a trained model.pt with its model.json; the bundle's own if none is given.
+        formats: some of onnx, pt2, safetensors and torchscript, separated by commas.
+    """
+    from scripts.engines.exporting import export_model
+
+    path = SHIPPED_MODEL if checkpoint is None else Path(checkpoint).absolute()
+    words = [word.strip() for word in formats.split(",") if word.strip()]
+    folder = _writable(output)
+    outcome = export_model(path, folder, formats=words)
+    if outcome.failures:
+        sys.stdout.write(f"{outcome.text}\n")
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in outcome.failures.items())
+        raise ConfigError(f"not exported: {reasons}; the other files are in {folder}")
+    return f"{outcome.text}\nthe files are in {folder}; manifest.json describes them"
+
+
 def study(
     table: str,
     datalist: str | Sequence[str] | None = None,
@@ -541,6 +590,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             phantoms,
             classes,
             half,
+            export,
+            weights,
+            bundle,
             study,
             report,
             demo,

@@ -100,6 +100,15 @@ class HoldsSamParts(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesSeveralForms(Protocol):
+    """A network that can load state dicts of more than one form, such as an `HSPSAM` whose LoRA was merged."""
+
+    def state_for(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the tensors that would be filled from a file with these."""
+        ...
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, under SAM's names.
 
@@ -175,7 +184,8 @@ def load_network_weights(network: nn.Module, path: str | Path) -> None:
         CheckpointError: the file cannot be read, or does not fit name by name and shape by shape.
     """
     found = read_state_dict(path)
-    _require_match(network.state_dict(), found, path, described=describe_weights(found))
+    expected = network.state_for(found) if isinstance(network, TakesSeveralForms) else network.state_dict()
+    _require_match(expected, found, path, described=describe_weights(found))
     network.load_state_dict(found)
 
 

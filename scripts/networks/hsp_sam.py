@@ -23,7 +23,12 @@ from scripts.networks.automedsam import SAM_PIXEL_MEAN, SAM_PIXEL_STD
 from scripts.networks.hierarchical_decoder import Fusion, HierarchicalDecoder, level_neck
 from scripts.networks.image_encoders import build_image_encoder
 from scripts.networks.image_encoders.levels import Level, LevelEncoder, PromptAnswer
-from scripts.networks.lora import add_low_rank_updates, merge_low_rank_updates, published_state
+from scripts.networks.lora import (
+    add_low_rank_updates,
+    has_low_rank_updates,
+    merge_low_rank_updates,
+    published_state,
+)
 from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder
 from scripts.networks.positional_prompts import PositionHead, Positions, embed_positions
 
@@ -81,6 +86,7 @@ class HSPSAM(nn.Module):
         settings: the arguments that decide the shape and meaning of the weights, for the model card; `lora_rank` is 0
             where there are no updates.
         class_ids: sorted.
+        merged_rank: of the updates that were put into the weights; 0 where none were.
         image_size: S.
         grid_size: side of the embedding's grid.
 
@@ -132,6 +138,7 @@ class HSPSAM(nn.Module):
         self.pixel_normalisation = pixel_normalisation
         self.train_image_encoder = train_image_encoder
         self.gradient_checkpointing = gradient_checkpointing
+        self.merged_rank = 0
         self._build_encoder(lora_rank)
         self._build_prompts(prompts, fusion)
         encoder = self._levels_of_encoder()
@@ -147,6 +154,7 @@ class HSPSAM(nn.Module):
         )
         self.register_buffer("pixel_mean", torch.tensor(SAM_PIXEL_MEAN).reshape(1, 3, 1, 1) / 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(SAM_PIXEL_STD).reshape(1, 3, 1, 1) / 255, persistent=False)
+        self.register_load_state_dict_pre_hook(_separate_lora)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "HSPSAM":
@@ -223,10 +231,38 @@ class HSPSAM(nn.Module):
         return levels
 
     def merge_lora(self) -> "HSPSAM":
-        """Put LoRA's updates into the encoder's weights, for inference; the settings then ask for none."""
-        merge_low_rank_updates(self.image_encoder)
-        self.settings["lora_rank"] = 0
+        """Put LoRA's updates into the encoder's weights, for inference; the settings then ask for none.
+
+        The merged weights have other names. A state dict with updates can be loaded all the same: the network then has
+        them apart again, as before.
+        """
+        if self.settings["lora_rank"]:
+            merge_low_rank_updates(self.image_encoder)
+            self.merged_rank, self.settings["lora_rank"] = self.settings["lora_rank"], 0
         return self
+
+    def separate_lora(self) -> "HSPSAM":
+        """Undo `merge_lora`, but for the values: the weights stay merged, and the updates are zero as at first."""
+        if self.merged_rank:
+            with torch.random.fork_rng(devices=[]):  # values that are replaced are not drawn from the run's own
+                add_low_rank_updates(self.image_encoder, self.merged_rank)
+            self.settings["lora_rank"], self.merged_rank = self.merged_rank, 0
+        return self
+
+    def state_for(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the state dict that a file is compared with: merged or not, as the file is if the network can be so.
+
+        Args:
+            found: the file's tensors by name.
+
+        Returns:
+            This network's tensors, or where it would take its updates apart for the file those of a network built
+            alike, without memory.
+        """
+        if not (self.merged_rank and has_low_rank_updates(found)):
+            return self.state_dict()
+        with torch.device("meta"):
+            return HSPSAM(**{**self.settings, "lora_rank": self.merged_rank}).state_dict()
 
     def sam_parts(self) -> nn.Module:
         """Give the parts that a published SAM file fills, under its names, for `checkpoints.load_sam_weights`.
@@ -361,6 +397,12 @@ class HSPSAM(nn.Module):
             )
         if not image.is_floating_point():
             raise InputError(f"expected floating-point pixels in [0, 1], got {image.dtype}: divide 8-bit pixels by 255")
+
+
+def _separate_lora(network: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Make room for the updates of a state dict that is about to be loaded."""
+    if has_low_rank_updates(name for name in state_dict if name.startswith(prefix)):
+        cast(HSPSAM, network).separate_lora()
 
 
 def _require_classes(class_ids: Sequence[int]) -> None:

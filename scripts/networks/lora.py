@@ -6,6 +6,7 @@ of which two parts get updates of their own. peft adapts such a layer only as a 
 """
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -57,7 +58,7 @@ def fused_attentions(encoder: nn.Module) -> list[nn.Module]:
 
 
 def add_low_rank_updates(encoder: nn.Module, rank: int) -> int:
-    """Add trainable updates to every fused qkv layer; the weights below keep their `requires_grad`.
+    """Add trainable updates to every fused qkv layer, of its device and type; its weights keep their `requires_grad`.
 
     Args:
         encoder: an image encoder.
@@ -72,7 +73,7 @@ def add_low_rank_updates(encoder: nn.Module, rank: int) -> int:
     attentions = fused_attentions(encoder)
     for attention in attentions:
         layer = cast(nn.Linear, attention.qkv)
-        update = LowRankUpdate(layer.in_features, rank=rank, groups=cast(int, attention.qkv_groups))
+        update = LowRankUpdate(layer.in_features, rank=rank, groups=cast(int, attention.qkv_groups)).to(layer.weight)
         parametrize.register_parametrization(layer, "weight", update)
     return len(attentions)
 
@@ -95,6 +96,11 @@ def _merged(layer: nn.Linear) -> nn.Linear:
     plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=cast(torch.Tensor, original).requires_grad)
     plain.bias = layer.bias
     return plain
+
+
+def has_low_rank_updates(names: Iterable[str]) -> bool:
+    """Say whether a state dict of these names has updates apart from the weights."""
+    return any(UPDATE_MARK in name and not name.endswith(ORIGINAL_SUFFIX) for name in names)
 
 
 def published_state(encoder: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,6 +10,8 @@ from scripts.errors import CheckpointError
 from scripts.files import atomic_path
 
 ARCHITECTURES = ("automedsam", "hsp_sam")
+SETTINGS = ("network", "preprocessing", "trained")  # which become settings of a config
+CONFIG_SIGNS = ("$", "@", "%")  # by which a config knows what is to be evaluated or fetched
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ModelCard:
         """Read the card of a weights file: the same name with the suffix .json.
 
         Raises:
-            CheckpointError: there is no card, or it is not one.
+            CheckpointError: there is no card, or it is not one, or it holds what a config would run.
         """
         path = Path(weights).with_suffix(".json")
         parts = ("network", "preprocessing", "trained", "training")
@@ -50,6 +52,11 @@ class ModelCard:
             raise CheckpointError(f"{path.name} cannot be read as a model card: {error}; copy it again") from error
         if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in parts):
             raise CheckpointError(f"{path.name} is no model card: it must hold the objects {', '.join(parts)}")
+        if any(_can_run(content[name]) for name in SETTINGS):
+            raise CheckpointError(
+                f"{path.name} holds an expression, which could run code, where a card has names and numbers: do not "
+                "use this model, or copy it again from where it was trained"
+            )
         architecture = content.get("architecture", cls.architecture)
         if architecture not in ARCHITECTURES:
             raise CheckpointError(
@@ -64,3 +71,15 @@ class ModelCard:
         content["training"] = {**self.training, **(scores or {})}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _can_run(value: Any) -> bool:
+    """Say whether MONAI would evaluate or build something of a value in a config, or of one within it.
+
+    Keys too are read: those with # reach into other parts of the config, and `_target_` says what is built.
+    """
+    if isinstance(value, str):
+        return value.startswith(CONFIG_SIGNS)
+    if isinstance(value, dict):
+        return any(key.startswith("_") or "#" in key or "::" in key or _can_run(below) for key, below in value.items())
+    return isinstance(value, list) and any(map(_can_run, value))

@@ -238,6 +238,38 @@ def test_inference_merges_lora(tmp_path):
         )
 
 
+def test_one_workflow_runs_again_with_the_file_of_that_time(bundle_root, tiny_phantoms, tmp_path):
+    """LoRA is merged in each run; the next one finds a network that was merged before."""
+    settings = {"image_encoder": "lite_medsam", "image_size": SIZE, "class_ids": [1, 2], "lora_rank": 2}
+    image = tiny_phantoms.parent / "images" / "phantom_004.nii.gz"
+    configs = [bundle_root / "configs" / name for name in ("inference.json", "networks/hsp_sam.yaml")]
+    workflow = ConfigWorkflow(
+        config_file=[str(path) for path in configs], logging_file=False, bundle_root=str(bundle_root)
+    )
+    place = {"dataset_dir": str(image), "modality": "CT", "output_dir": str(tmp_path / "out"), "progress_bar": False}
+    trained = {"trained": {"CT": ["liver", "spleen"]}, "checkpoint": str(tmp_path / "model.pt")}
+    workflow.parser.update({**settings, **place, **trained, "device": "$torch.device('cpu')"})
+    workflow.initialize()
+    found = []
+    for seed in (1, 2, 1):
+        save_random_weights(tmp_path / "model.pt", seed=seed, **settings)
+        workflow.run()
+        workflow.finalize()
+        found.append((tmp_path / "out" / "phantom_004_seg.nii.gz").read_bytes())
+    assert found[0] == found[2] != found[1]
+
+
+def save_random_weights(path, *, seed, **settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = HSPSAM(**settings)
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                if name.endswith("_up"):
+                    value.normal_(std=0.1)
+    save_state_dict(network.state_dict(), path)
+
+
 @pytest.mark.parametrize("variant", ["hsp_sam", "hsp_sam_lite_medsam", "hsp_sam_compact"])
 def test_the_overlays_build_their_networks(bundle_root, variant):
     """Over each of the bundle's configs; ViT-B is built on no device, as it is large."""

@@ -483,6 +483,84 @@ def test_merging_keeps_the_masks_and_leaves_copies_as_they_are(generator):
             assert torch.equal(rebuilt(images), network(images))
 
 
+@pytest.mark.parametrize("encoder", ["tiny_sam_vit", "lite_medsam"])
+def test_a_merged_network_loads_what_was_saved_unmerged(encoder, generator, tmp_path):
+    """And gives the masks of the file loaded last, however often it was merged between."""
+    first, second = network_of(encoder, seed=1), network_of(encoder, seed=2)
+    images = images_for(first, generator)
+    network = network_of(encoder)
+    for source in (first, second, first):
+        path = tmp_path / "model.pt"
+        save_state_dict(source.state_dict(), path)
+        load_weights(network, path)
+        assert network.settings == source.settings
+        assert learning(network).keys() == learning(source).keys()
+        with torch.no_grad():
+            expected = source(images, known_only=True)
+            assert torch.equal(network(images, known_only=True), expected)
+            assert_close(network.merge_lora().merge_lora()(images, known_only=True), expected, tolerance=1e-5)
+    assert network.settings["lora_rank"] == 0
+
+
+def test_a_copy_of_a_merged_network_loads_what_was_saved_unmerged(generator):
+    """As MONAI Label does: a copy is made, and a file loaded into it without comparing names."""
+    source, merged = network_of(seed=1), network_of().merge_lora()
+    images = images_for(source, generator)
+    with torch.no_grad():
+        before = merged(images)
+        copied = copy.deepcopy(merged)
+        found = copied.load_state_dict(source.state_dict(), strict=False)
+        assert (found.missing_keys, found.unexpected_keys) == ([], [])
+        assert torch.equal(copied(images), source(images))
+        assert torch.equal(merged(images), before)
+    assert merged.settings["lora_rank"] == 0
+
+
+def test_a_merged_network_still_loads_what_was_saved_merged(generator, tmp_path):
+    source, network = network_of(seed=1).merge_lora(), network_of().merge_lora()
+    save_state_dict(source.state_dict(), tmp_path / "model.pt")
+    load_weights(network, tmp_path / "model.pt")
+    images = images_for(source, generator)
+    with torch.no_grad():
+        assert torch.equal(network(images), source(images))
+    assert not any("parametrizations" in name for name in network.state_dict())
+
+
+def test_separating_keeps_the_masks_the_type_and_the_random_numbers(generator):
+    network = network_of()
+    learned = list(learning(network))
+    images = images_for(network, generator)
+    with torch.no_grad():
+        merged = network.merge_lora()(images)
+        state = torch.get_rng_state()
+        assert torch.equal(network.separate_lora()(images), merged)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(learning(network)) == learned
+    half = network.merge_lora().half().separate_lora()
+    assert {value.dtype for value in half.state_dict().values()} == {torch.float16}
+    plain = network_of(lora_rank=0)
+    assert plain.separate_lora().settings["lora_rank"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"lora_rank": 2}, {"prompts": 3}, {"fusion": "none"}])
+def test_a_refused_file_leaves_a_merged_network_as_it_was(settings, generator, tmp_path):
+    network = network_of().merge_lora()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    save_state_dict(network_of(**settings).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_weights(network, tmp_path / "model.pt")
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert network.settings["lora_rank"] == 0
+
+
+def test_updates_are_refused_where_none_were_asked_for(tmp_path):
+    save_state_dict(network_of().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_weights(network_of(lora_rank=0).merge_lora(), tmp_path / "model.pt")
+
+
 # Weights in and out.
 
 

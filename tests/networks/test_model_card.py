@@ -124,6 +124,27 @@ def test_what_is_no_card_is_refused(tmp_path, content):
         ModelCard.beside(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("network", {"image_encoder": "$__import__('os').remove('x')"}),
+        ("network", {"class_ids": [1, ["$open('x', 'w')"]]}),
+        ("network", {"channels": {"_target_": "os.remove", "path": "x"}}),
+        ("network", {"vocabulary#_target_": "os.remove", "vocabulary#path": "x"}),
+        ("network", {"vocabulary::_target_": "os.remove"}),
+        ("preprocessing", {"window": "%/tmp/other.json::window"}),
+        ("preprocessing", {"window": "@network"}),
+        ("trained", {"CT": ["$open('x', 'w')"]}),
+        ("trained", {"_target_": "os.remove"}),
+    ],
+)
+def test_what_a_config_would_run_is_refused(tmp_path, part, content):
+    """Cards come with weights from elsewhere, and become settings of a config."""
+    (tmp_path / "model.json").write_text(json.dumps({**dataclasses.asdict(card()), part: content}))
+    with pytest.raises(CheckpointError, match=r"model\.json holds an expression"):
+        ModelCard.beside(tmp_path / "model.pt")
+
+
 def test_what_a_later_version_adds_is_no_obstacle(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({**dataclasses.asdict(card()), "more": 1}))
     assert ModelCard.beside(tmp_path / "model.pt") == card()
