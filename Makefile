@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LABEL := .venv-label
+LOWEST := .venv-lowest
 
-.PHONY: setup setup-label demo test test-slow test-label lint check bench clean
+.PHONY: setup setup-label demo test test-slow test-label setup-lowest test-lowest lint check bench clean
 
 # The stamp is newer than both lists of requirements once everything is installed.
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
@@ -37,6 +38,22 @@ setup-label: $(LABEL)/.ready
 
 test-label: setup-label
 	$(LABEL)/bin/python -m pytest apps/monailabel/tests
+
+# Every `>=` of the requirements read as `==`: what is stated as the lowest version is what is tested.
+$(LOWEST)/.ready: requirements.txt requirements-dev.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	sed 's/>=/==/' requirements.txt > $(LOWEST)/requirements.txt
+	grep -E '^(hypothesis|jsonschema|pytest)' requirements-dev.txt | sed 's/>=/==/' >> $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/pip install --quiet -r $(LOWEST)/requirements.txt
+	touch $@
+
+setup-lowest: $(LOWEST)/.ready
+
+# Networks, losses and metrics, one training, the configs, the command line; the rest of the suite takes too long twice.
+test-lowest: setup-lowest
+	$(LOWEST)/bin/python -m pytest -m "not slow" tests/networks tests/losses tests/metrics tests/engines/test_training.py \
+		tests/engines/test_inferers.py tests/engines/test_prompted_inferer.py tests/test_bundle.py tests/test_cli_prompts.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -71,6 +71,15 @@ SECTIONS = (
         },
     ),
     Section(
+        "Exported files",
+        "The files of `automedsam export` opened by themselves: one slice, five classes, TinyViT at 256 pixels.",
+        ("exports_",),
+        {
+            "exports_onnx": ("ONNX Runtime", "the network in PyTorch"),
+            "exports_pt2": ("`torch.export`", "the network in PyTorch"),
+        },
+    ),
+    Section(
         "Inference from file to label map",
         "Whole processes from start to end, TinyViT at 256 pixels with random weights, four classes.",
         ("infer_",),

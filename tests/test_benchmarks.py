@@ -281,6 +281,7 @@ def run_small(script, folder):
             {f"encoder_{size}_{way}" for size in ("sam_vit_b_64", "lite_medsam_32") for way in ("torch", "onnx")},
         ),
         ("whole_slice.py", {"whole_slice_torch", "whole_slice_onnx"}),
+        ("exports.py", {"exports_onnx", "exports_pt2"}),
         (
             "encoding_once.py",
             {"forward_diffusion", "training_from_store_sam_vit_b_32", "training_from_store_lite_medsam_32"},

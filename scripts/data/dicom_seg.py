@@ -5,6 +5,7 @@ everything else that the bundle writes, such an object names the patient: DICOM 
 """
 
 import json
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceU
 # rounded to 0.1 mm, and distances may differ by a tenth, see `reading`.
 _NEAR = 0.5
 _FOREIGN = 255  # no segment's number: of the classes of a label map in bytes and its objects there are fewer
+
+logger = logging.getLogger(__name__)
 
 # DICOM's x and y point left and back, those of the affine right and front.
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -142,7 +145,7 @@ def read_headers(files: Sequence[str]) -> list["Dataset"]:
     import pydicom
     from pydicom.errors import InvalidDicomError
 
-    headers = []
+    headers: list[Dataset] = []
     for file in files:
         _require_dicom(file)
         try:
@@ -291,11 +294,15 @@ def write_dicom_seg(
         raise ValueError(f"expected labels (X, Y, Z), got {labels.shape}")
     chosen = sorted(entries, key=lambda entry: entry.id)
     frames = _numbered(labels, chosen).transpose(2, 1, 0)  # slices, rows, columns
+    found = bool(frames.any())
+    if not found:
+        logger.warning("%s: nothing was found; every segment is empty", path.name)
     sources = arrange(headers, affine, labels.shape, name=path.name)
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=sources,
             pixel_array=frames,
+            omit_empty_frames=found,
             segmentation_type="BINARY",
             segment_descriptions=[_describe(number, entry, algorithm) for number, entry in enumerate(chosen, 1)],
             content_label="SEGMENTATION",

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from scripts.networks.prompts import PromptEmbeddings
 
 logger = logging.getLogger(__name__)
 RUNTIMES = ("torch", "onnx")
+OPSET = 20  # of ONNX: the first that has GELU as one operation
 VALUES_TOGETHER = 2**22  # of a group's dense prompts: 4 prompts on a grid of 64 x 64, 64 on one of 16 x 16
 _FORMAT = 1  # of the files below; to be raised when the way they are made changes
 _GRAPH, _CHECKSUM = "graph.onnx", "sha256"
-_OPSET = 20  # the first that has GELU as one operation
 _EXAMPLE_PROMPTS = 3  # an exporter takes an example of 0 or 1 for a shape that never changes
 _EXPORTER = ("onnx", "onnxscript")  # packages that are needed while a graph is made, and not afterwards
 
@@ -75,7 +75,7 @@ class OnnxNetwork:
     def __init__(self, network: AutoMedSAM, *, checkpoint: str | os.PathLike[str]) -> None:
         self.network = network
         self.folders = (Path(checkpoint).absolute().parent / ".runtime", _user_cache() / "automedsam" / "runtime")
-        self.onnxruntime = _import_onnxruntime()
+        self.onnxruntime = import_onnxruntime()
         self._state: tuple[Any, ...] | None = None
         self._key = ""
         self._sessions: dict[str, Any] = {}
@@ -273,19 +273,69 @@ def _convert(network: AutoMedSAM, part: str) -> Any:
     Raises:
         ConfigError: what exports it is not installed.
     """
-    missing = [name for name in _EXPORTER if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"the runtime onnx makes its graphs with packages that are not installed: pip install {' '.join(missing)}, "
-            "or use --runtime torch"
-        )
+    require_exporter(otherwise="use --runtime torch")
     inputs = _example_inputs(network, part)
     shapes = (tuple(_variable_axes(name) for name in inputs),)  # of the one argument *inputs
-    with _as_it_predicts(network), _quietly():
-        # By itself, since torch.onnx.export takes no offence at a number of prompts that the graph then fixes.
-        program = torch.export.export(_Part(network, part).eval(), tuple(inputs.values()), dynamic_shapes=shapes)
+    with as_it_predicts(network):
+        return to_onnx(record(_Part(network, part), inputs, shapes), inputs=list(inputs))
+
+
+def require_exporter(*, otherwise: str, besides: Sequence[str] = ()) -> None:
+    """See that the packages which make ONNX graphs are there.
+
+    Args:
+        otherwise: what to do where they cannot be installed.
+        besides: further packages that are needed.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [name for name in (*besides, *_EXPORTER) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"graphs of ONNX need packages that are not installed: pip install {' '.join(missing)}, or {otherwise}"
+        )
+
+
+def record(part: torch.nn.Module, inputs: Mapping[str, torch.Tensor], shapes: Any) -> torch.export.ExportedProgram:
+    """Record what a module computes, as a graph in which the sizes that vary stay open.
+
+    Args:
+        part: to be recorded, within `as_it_predicts` of its network.
+        inputs: examples by name, in the order of its arguments.
+        shapes: which axes vary, as `torch.export.export` takes them.
+    """
+    with quietly():
+        return torch.export.export(part.eval(), tuple(inputs.values()), dynamic_shapes=shapes)
+
+
+def to_onnx(
+    program: torch.export.ExportedProgram,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str] | None = None,
+    shapes: Any = None,
+) -> Any:
+    """Make an ONNX program of a recorded graph.
+
+    A graph is recorded by itself, since torch.onnx.export takes no offence at a size that the graph then fixes.
+
+    Args:
+        program: the graph.
+        inputs: names of its inputs.
+        outputs: names of its outputs; None for whatever the exporter calls them.
+        shapes: as for `record`, for the names of the axes.
+    """
+    with quietly():
         return torch.onnx.export(
-            program, (), input_names=list(inputs), opset_version=_OPSET, dynamo=True, verbose=False
+            program,
+            (),
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
         )
 
 
@@ -295,7 +345,7 @@ def _variable_axes(name: str) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _as_it_predicts(network: AutoMedSAM) -> Iterator[None]:
+def as_it_predicts(network: torch.nn.Module) -> Iterator[None]:
     """Keep a caller's training, mixed precision and inference mode out of what is exported."""
     exact = torch.autocast("cpu", enabled=False)
     with torch.inference_mode(False), torch.no_grad(), exact, eval_mode(network):
@@ -303,7 +353,7 @@ def _as_it_predicts(network: AutoMedSAM) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep the exporter's words about its own steps from a user."""
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
     levels = [each.level for each in loggers]
@@ -341,7 +391,7 @@ def _as_array(values: torch.Tensor) -> Any:
     return exact.contiguous().numpy()
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
     """Import ONNX Runtime, whose reports of use are off.
 
     Raises:

@@ -267,12 +267,13 @@ def test_a_class_that_is_not_there_is_a_segment_without_frames(tmp_path, random,
     assert [number for _, number, _, _ in frames_of(written)] == [1] * 6
 
 
-def test_nothing_found_is_a_segmentation_of_zeros(tmp_path, random, entries):
+def test_nothing_found_is_a_segmentation_of_zeros(tmp_path, random, entries, caplog):
     folder = save_series(tmp_path / "scan", random.integers(0, 100, (7, 5, 6)) * 4, affine_of(np.eye(3)))
     written = pydicom.dcmread(segment(folder, entries, tmp_path / "scan_seg.dcm"))
     assert [item.SegmentLabel for item in written.SegmentSequence] == ["liver", "spleen", "left kidney"]
     assert int(written.NumberOfFrames) == 18
     assert not written.pixel_array.any()
+    assert caplog.messages == ["scan_seg.dcm: nothing was found; every segment is empty"]
     assert_equal_in_the_sources_frames(written, sources_of(folder))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from scripts.data.vocabulary import ClassEntry, Modality, Region, Vocabulary, choose_classes, parse_prompts
+from scripts.data.vocabulary import ClassEntry, Code, Codes, Modality, Region, Vocabulary, choose_classes, parse_prompts
 from scripts.errors import ConfigError, PromptError
 
 TABLE: dict[str, Any] = {
@@ -54,6 +54,8 @@ TABLE: dict[str, Any] = {
     ],
 }
 LIVER, LEFT = 1, 2  # places in the list above
+LIVER_CODE = ["SCT", "10200004", "Liver"]
+LIVER_CODES = {"category": ["SCT", "91723000", "Anatomical Structure"], "type": LIVER_CODE}
 TRAINED = {"CT": ["left kidney", "liver"], "MR": ["right kidney"], "endoscopy": ["polyp"]}
 
 
@@ -230,6 +232,21 @@ def test_rows_become_entries_in_id_order(vocabulary):
     assert vocabulary.regions[0] == Region("abdomen", ("colon", "thorax"))
 
 
+def test_codes_become_part_of_an_entry(tmp_path):
+    codes = {**LIVER_CODES, "anatomy": ["SCT", "113345001", "Abdomen"]}
+    path = tmp_path / "classes.yaml"
+    path.write_text(yaml.safe_dump(broken(LIVER, codes=codes)), encoding="utf-8")
+    read = Vocabulary.read(path)
+    assert read.entry(1).codes == Codes(
+        category=Code("SCT", "91723000", "Anatomical Structure"),
+        type=Code("SCT", "10200004", "Liver"),
+        modifier=None,
+        anatomy=Code("SCT", "113345001", "Abdomen"),
+    )
+    assert read.entry(4).codes is None
+    assert read.entry(201).codes is None
+
+
 @pytest.mark.parametrize(
     "prompt", ["left kidney", "LEFT KIDNEY", "left_kidney", "Left-Kidney", " leftkidney ", "left.kidney", 4, "4", " 4 "]
 )
@@ -372,6 +389,21 @@ def broken(index: int, **fields: object) -> dict:
         (LIVER, {"colour": None}, "three whole numbers in 0..255, but None came"),
         (LIVER, {"colour": [1, 2, 3.0]}, "three whole numbers in 0..255"),
         (LIVER, {"colour": [1, 2, 256]}, "three whole numbers in 0..255"),
+        (
+            LIVER,
+            {"codes": {"type": LIVER_CODE}},
+            r"'liver'\): codes: expected 'category' as \[scheme, value, meaning\]",
+        ),
+        (LIVER, {"codes": {"category": LIVER_CODE}}, "codes: expected 'type' as"),
+        (LIVER, {"codes": {**LIVER_CODES, "modifier": ["SCT", 7771000, "Left"]}}, "codes: expected 'modifier' as"),
+        (LIVER, {"codes": {**LIVER_CODES, "anatomy": ["SCT", "1"]}}, "codes: expected 'anatomy' as"),
+        (LIVER, {"codes": {**LIVER_CODES, "anatomy": ["SCT", "1" * 17, "Much"]}}, "texts of at most 16, 16 and 64"),
+        (
+            LIVER,
+            {"codes": {**LIVER_CODES, "side": LIVER_CODE}},
+            "codes: a row has the keys anatomy, category, modifier",
+        ),
+        (LIVER, {"codes": None}, "codes: a row has the keys anatomy, category, modifier, type, but None came"),
         (LIVER, {"colour": [0, 255, 0]}, r"class row 3 \('left kidney'\): colour \[0, 255, 0\] is taken by 'liver'"),
         (LIVER, {"color": [1, 2, 3]}, "class row 2: a row has the keys"),
         (LIVER, {"partner": "liver"}, "class row 2 .*: partners must name each other"),
