@@ -72,6 +72,7 @@ bench: setup
 	$(BIN)/python benchmarks/inferring.py
 	$(BIN)/python benchmarks/encoding_once.py
 	$(BIN)/python benchmarks/hsp_sam.py
+	$(BIN)/python benchmarks/exports.py
 	$(BIN)/pip install --quiet surface-distance
 	$(BIN)/python benchmarks/surface_metrics.py
 	$(BIN)/python benchmarks/gpu.py

@@ -21,7 +21,7 @@ from scripts.workflow import BUNDLE_ROOT, CONFIGS
 
 # What belongs to a bundle of a model; the tables of data preparation and of studies stay with the software.
 CONFIG_PATTERNS = (
-    *("evaluate.json", "multi_gpu_*.json", "logging.conf", "classes.yaml", "embed.yaml", "weights.yaml"),
+    *("evaluate.json", "multi_gpu_*.json", "logging.conf", "classes.yaml", "embed.yaml", "weights.yaml", "deploy.yaml"),
     *("networks/*.yaml", "datasets/*.yaml", "experiments/*.yaml"),
 )
 NETWORK_OVERLAYS: dict[str, tuple[str, ...]] = {"automedsam": (), "hsp_sam": ("networks/hsp_sam.yaml",)}

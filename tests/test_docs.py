@@ -21,6 +21,7 @@ DOCUMENTS = (
     "docs/data.md",
     "docs/prompts.md",
     "docs/monai_label.md",
+    "docs/deploy.md",
     "docs/evaluation.md",
     "docs/studies.md",
     "docs/data_license.txt",
@@ -30,7 +31,7 @@ MAIN_CONFIGS = ("train", "evaluate", "inference")
 REPOSITORY_PATH = re.compile(
     r"(?<![\w./-])((?:configs|scripts|docs|tests|models)/[\w./-]*|[A-Za-z_-]+\.(?:md|cff|toml|yml)|requirements[\w-]*\.txt)"
 )
-NOT_IN_THE_REPOSITORY = ("models/model.ts",)
+NOT_IN_THE_REPOSITORY = ("models/model.ts", "models/medsam_vit_b.pth")
 # Handed on by MONAI's command or by torchrun, not by a config.
 OPTIONS_OF_OTHERS = {"config_file", "standalone", "nnodes", "nproc_per_node", "meta_file", "filepath", "net_id", "help"}
 

@@ -295,7 +295,7 @@ def test_the_card_says_whether_the_head_was_trained(bundle_root):
             logging_file=False,
             bundle_root=str(bundle_root),
             losses=losses,
-            **{"card#trained": {}, "datalist": "d.json"},
+            **{"card#trained": {}, "training_cases": [], "datalist": "d.json"},
         )
         card = workflow.parser.get_parsed_content("card")
         assert isinstance(card, ModelCard)
