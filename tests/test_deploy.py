@@ -157,7 +157,6 @@ def test_weights_that_do_not_fit_are_refused(bundle_root, tmp_path):
 def test_a_model_packaged_as_a_bundle_is_opened_too(bundle_root, volumes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     package_model(bundle_root / "models" / "model.pt", tmp_path / "packaged")
-    shutil.copy(bundle_root / "configs" / "deploy.yaml", tmp_path / "packaged" / "configs")
     volume, expected = volumes["flipped and turned"]
     labels = BundleOperator(tmp_path / "packaged").compute(*handed(volume, Modality="CT"))
     np.testing.assert_array_equal(labels[0].numpy(), expected)
