@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from scripts.command_words import for_fire, later, perform
 from scripts.errors import CheckpointError, ConfigError, InputError, PromptError, TrainingError
-from scripts.workflow import BUNDLE_ROOT, CONFIGS, as_setting, find_overlays, run_configs
+from scripts.workflow import BUNDLE_ROOT, CONFIGS, NETWORK_OVERLAYS, as_setting, find_overlays, run_configs
 
 if TYPE_CHECKING:
     from scripts.data.prompts import Prompts
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 SHIPPED_MODEL = BUNDLE_ROOT / "models" / "model.pt"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 STATS_LOGGER = "monai.handlers.StatsHandler"
-OVERLAYS = {"automedsam": (), "hsp_sam": ("networks/hsp_sam.yaml",)}  # over the configs, by network
 
 
 def infer(
@@ -82,7 +81,9 @@ def infer(
     }
     if samples > 1:
         settings["noise_seed"] = 0
-    run_configs(["inference.json", *OVERLAYS[model["architecture"]], *overlays], {**settings, **model, **overrides})
+    run_configs(
+        ["inference.json", *NETWORK_OVERLAYS[model["architecture"]], *overlays], {**settings, **model, **overrides}
+    )
     return f"label maps, names and pictures are in {folder}"
 
 
@@ -174,7 +175,7 @@ def evaluate(
         "output_dir": str(folder),
     }
     model = _of_checkpoint(checkpoint)
-    configs = ["train.json", "evaluate.json", *OVERLAYS[model["architecture"]]]
+    configs = ["train.json", "evaluate.json", *NETWORK_OVERLAYS[model["architecture"]]]
     workflow = run_configs(configs, {**settings, **model, **overrides})
     from scripts.report.tables import render_tables
 
@@ -695,8 +696,8 @@ def _require_network(asked: str | None, found: str, checkpoint: str | None) -> N
     """Refuse a checkpoint of another network than the one that was asked for."""
     if asked is None or asked == found:
         return
-    if asked not in OVERLAYS:
-        raise ConfigError(f"the network is one of {', '.join(OVERLAYS)}, not {asked!r}")
+    if asked not in NETWORK_OVERLAYS:
+        raise ConfigError(f"the network is one of {', '.join(NETWORK_OVERLAYS)}, not {asked!r}")
     if checkpoint is None:
         raise ConfigError(
             f"the bundle's own model is of {found}: train {asked} with `automedsam train DATALIST --config "
@@ -720,16 +721,9 @@ def _of_checkpoint(checkpoint: str | None, *, with_trained: bool = False) -> dic
     if not path.is_file():
         raise CheckpointError(f"there is no weights file {path}: check the path; training writes model.pt")
     card = ModelCard.beside(path)
-    return {
-        "checkpoint": str(path),
-        "architecture": card.architecture,
-        **card.network,
-        **card.preprocessing,
-        "quality_head": bool(card.training.get("quality_head_trained")),
-        **(
-            {"trained": card.trained, "boxes_trained": bool(card.training.get("boxes_trained"))} if with_trained else {}
-        ),
-    }
+    # Of what was learned, evaluation asks for the quality head alone: the datalist says what its images show.
+    learned = card.learned if with_trained else {"quality_head": card.learned["quality_head"]}
+    return {"checkpoint": str(path), **card.settings, **learned}
 
 
 def _of_published(checkpoint: str) -> dict[str, Any]:

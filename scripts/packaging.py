@@ -17,14 +17,13 @@ from scripts.files import TEMPORARY_PREFIX
 from scripts.model_page import PackagedModel, data_terms_of, metadata_of, page_of
 from scripts.networks.checkpoints import load_network_weights, read_state_dict, save_state_dict
 from scripts.networks.model_card import ModelCard
-from scripts.workflow import BUNDLE_ROOT, CONFIGS
+from scripts.workflow import BUNDLE_ROOT, CONFIGS, NETWORK_OVERLAYS
 
 # What belongs to a bundle of a model; the tables of data preparation and of studies stay with the software.
 CONFIG_PATTERNS = (
     *("evaluate.json", "multi_gpu_*.json", "logging.conf", "classes.yaml", "embed.yaml", "weights.yaml", "deploy.yaml"),
     *("networks/*.yaml", "datasets/*.yaml", "experiments/*.yaml"),
 )
-NETWORK_OVERLAYS: dict[str, tuple[str, ...]] = {"automedsam": (), "hsp_sam": ("networks/hsp_sam.yaml",)}
 NO_LARGE_FILES = "# Nothing has to be fetched: the weights are in models/.\nlarge_files: []\n"
 
 
@@ -83,19 +82,13 @@ def configs_of(card: ModelCard) -> tuple[dict[str, Any], dict[str, Any]]:
         ConfigError: a setting that the configs do not have.
     """
     overlays = [CONFIGS / overlay for overlay in NETWORK_OVERLAYS[card.architecture]]
-    settings = {"architecture": card.architecture, **card.network, **card.preprocessing}
-    learned = {
-        "trained": card.trained,
-        "boxes_trained": bool(card.training.get("boxes_trained")),
-        "quality_head": bool(card.training.get("quality_head_trained")),
-    }
     base = _read_json(CONFIGS / "inference.json")
     merged = _merged([CONFIGS / "inference.json", *overlays])
     # What an overlay brings for training alone has no place in inference.
     needed = {value[1:] for value in merged["network_def"].values() if isinstance(value, str) and value[:1] == "@"}
     inference = {key: value for key, value in merged.items() if key in base or key in needed}
-    inference = _with_settings(inference, {**settings, **{key: learned[key] for key in learned if key in inference}})
-    training = _with_settings(_merged([CONFIGS / "train.json", *overlays]), settings)
+    inference = _with_settings(inference, {**card.settings, **card.learned})
+    training = _with_settings(_merged([CONFIGS / "train.json", *overlays]), card.settings)
     training["pretrained"] = _read_json(CONFIGS / "train.json")["pretrained"]  # this model, wherever it started from
     training["modality"] = next(iter(card.trained), training["modality"])
     return inference, training

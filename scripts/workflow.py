@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from scripts.errors import ConfigError
+from scripts.networks.model_card import CONFIG_SIGNS
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = BUNDLE_ROOT / "configs"
 JSON_WORDS = {"true": True, "false": False, "null": None, "none": None}  # Fire knows only Python's spelling
-CONFIG_SIGNS = ("$", "@", "%")  # a setting that begins so is an expression, a reference or a macro
+NETWORK_OVERLAYS: dict[str, tuple[str, ...]] = {  # over the configs, by network
+    "automedsam": (),
+    "hsp_sam": ("networks/hsp_sam.yaml",),
+}
 
 
 def run_configs(configs: Sequence[str | Path], overrides: dict[str, Any]) -> Any:

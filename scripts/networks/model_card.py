@@ -32,6 +32,20 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     architecture: str = "automedsam"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a config with which the network is built and its images prepared."""
+        return {"architecture": self.architecture, **self.network, **self.preprocessing}
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The settings of configs/inference.json that say what the weights have learned."""
+        return {
+            "trained": self.trained,
+            "boxes_trained": bool(self.training.get("boxes_trained")),
+            "quality_head": bool(self.training.get("quality_head_trained")),
+        }
+
     @classmethod
     def beside(cls, weights: str | Path) -> "ModelCard":
         """Read the card of a weights file: the same name with the suffix .json.

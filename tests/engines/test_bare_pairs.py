@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-OVERLAYS = {"automedsam": (), "hsp_sam": ("networks/hsp_sam.yaml",)}
+from scripts.workflow import NETWORK_OVERLAYS
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def prepare(bundle_root, tiny_phantoms, tmp_path):
     """Set up training of a network, by the datalist unless pairs are given."""
 
     def prepare(network, **overrides):
-        configs = [str(bundle_root / "configs" / name) for name in ("train.json", *OVERLAYS[network])]
+        configs = [str(bundle_root / "configs" / name) for name in ("train.json", *NETWORK_OVERLAYS[network])]
         workflow = ConfigWorkflow(config_file=configs, logging_file=False, bundle_root=str(bundle_root))
         settings = {
             "datalist": str(tiny_phantoms),
@@ -42,7 +42,7 @@ def prepare(bundle_root, tiny_phantoms, tmp_path):
     return prepare
 
 
-@pytest.mark.parametrize("network", OVERLAYS)
+@pytest.mark.parametrize("network", NETWORK_OVERLAYS)
 def test_pairs_are_learned_from_as_a_datalist_is(prepare, pairs, network):
     expected = prepare(network)("train#dataset")
     found = prepare(network, **{"train#dataset#data": pairs["training"]})("train#dataset")

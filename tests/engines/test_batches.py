@@ -128,6 +128,13 @@ def test_where_a_box_asks_the_decoder_answers_the_box(build_network, generator):
     assert_close(mixed.prompts.sparse, by_name.prompts.sparse)
 
 
+def test_boxes_are_learned_beside_classes_with_both_branches_alone(build_network, generator):
+    network = build_network(prompt_branches="dense")
+    image, _, _, arguments = PreparePromptBatch(grid_size=4, diffusion_steps=1, box_share=1.0)(prompt_batch(generator))
+    with pytest.raises(ConfigError, match="leave box_share at 0"):
+        network(image, **arguments)
+
+
 @pytest.mark.parametrize(("images", "prompts"), [(1, 1), (2, 3)])
 def test_the_network_takes_what_a_batch_becomes(build_network, generator, images, prompts):
     prepare = PreparePromptBatch(grid_size=4, diffusion_steps=1)

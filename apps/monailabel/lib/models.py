@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.cli import OVERLAYS
 from scripts.errors import CheckpointError
 from scripts.networks.checkpoints import load_weights
 from scripts.networks.hsp_sam import HSPSAM
 from scripts.networks.model_card import ModelCard
+from scripts.workflow import NETWORK_OVERLAYS
 
 SHIPPED = "model.pt"
 VOLUMES = {"CT", "MR"}  # modalities whose images are volumes, as viewers have to know
@@ -39,18 +39,14 @@ class Model:
         self.stamp = os.stat(weights).st_mtime
         self.parser = ConfigParser()
         self.parser.read_config(str(bundle / "configs" / "inference.json"))
-        for overlay in OVERLAYS[self.card.architecture]:
+        for overlay in NETWORK_OVERLAYS[self.card.architecture]:
             self.parser.update(ConfigParser.load_config_file(str(bundle / "configs" / overlay)))
         self.parser.update(
             {
                 "bundle_root": str(bundle),
                 "checkpoint": str(weights),
-                "architecture": self.card.architecture,
-                **self.card.network,
-                **self.card.preprocessing,
-                "trained": self.card.trained,
-                "boxes_trained": self.prompted,
-                "quality_head": bool(self.card.training.get("quality_head_trained")),
+                **self.card.settings,
+                **self.card.learned,
                 "progress_bar": False,
             }
         )
@@ -59,7 +55,7 @@ class Model:
     @property
     def prompted(self) -> bool:
         """Whether the weights have learned boxes and points."""
-        return bool(self.card.training.get("boxes_trained"))
+        return self.card.learned["boxes_trained"]
 
     @property
     def labels(self) -> dict[str, int]:

@@ -11,9 +11,8 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
 from lib.models import Models
-from scripts.cli import OVERLAYS
 from scripts.errors import ConfigError, InputError
-from scripts.workflow import run_configs
+from scripts.workflow import NETWORK_OVERLAYS, run_configs
 
 FINE_TUNED = "finetuned.pt"  # beside the model that it began from, which stays as it is
 DEFAULTS: dict[str, Any] = {"max_epochs": 20, "val_split": 0.2, "learning_rate": 0.0001}
@@ -58,7 +57,7 @@ class FineTuneTask(TrainTask):
         output = self.models.bundle / "runs" / "monailabel"
         network = {name: value for name, value in model.card.network.items() if name != "train_image_encoder"}
         workflow = run_configs(
-            ["train.json", *OVERLAYS[model.card.architecture]],
+            ["train.json", *NETWORK_OVERLAYS[model.card.architecture]],
             {
                 **network,
                 **model.card.preprocessing,
