@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LABEL := .venv-label
 LOWEST := .venv-lowest
 
-.PHONY: setup setup-label demo test test-slow test-label setup-lowest test-lowest lint check bench clean
+.PHONY: setup setup-label demo dist test test-slow test-label setup-lowest test-lowest lint check bench clean
 
 # The stamp is newer than both lists of requirements once everything is installed.
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
@@ -45,21 +45,29 @@ $(LOWEST)/.ready: requirements.txt requirements-dev.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --upgrade pip
 	sed 's/>=/==/' requirements.txt > $(LOWEST)/requirements.txt
-	grep -E '^(hypothesis|jsonschema|pytest>)' requirements-dev.txt | sed 's/>=/==/' >> $(LOWEST)/requirements.txt
+	grep -E '^(hypothesis|jsonschema|pytest>|pytest-xdist)' requirements-dev.txt | sed 's/>=/==/' >> $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/pip install --quiet -r $(LOWEST)/requirements.txt
 	touch $@
 
 setup-lowest: $(LOWEST)/.ready
 
-# Networks, losses and metrics, one training, the configs, the command line; the rest of the suite takes too long twice.
+# Networks, losses and metrics, one training, the configs, the command line, and the published zip in an environment
+# where this software is not installed; the rest of the suite takes too long twice.
 test-lowest: setup-lowest
-	$(LOWEST)/bin/python -m pytest -m "not slow" tests/networks tests/losses tests/metrics tests/engines/test_training.py \
-		tests/engines/test_inferers.py tests/engines/test_prompted_inferer.py tests/test_bundle.py tests/test_cli_prompts.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile \
+		tests/networks tests/losses tests/metrics tests/engines/test_training.py tests/engines/test_inferers.py \
+		tests/engines/test_prompted_inferer.py tests/test_bundle.py tests/test_cli_prompts.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest tests/test_publishing.py
 
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The bundle as it is downloaded; docs/deploy.md.
+dist: setup
+	rm -rf dist
+	$(BIN)/automedsam publish --output dist
 
 # The bundle checks of MONAI's model zoo, by its own commands.
 check: setup

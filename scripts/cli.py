@@ -421,6 +421,19 @@ def bundle(model: str, *, output: str, name: str | None = None) -> str:
     return f"the bundle is in {Path(output).absolute()}; its model knows {known}"
 
 
+def publish(folder: str | None = None, *, output: str) -> str:
+    """Write a bundle as it is downloaded: a zip for python -m monai.bundle, and a folder for Hugging Face.
+
+    Args:
+        folder: of the bundle, as `automedsam bundle` writes it; this software with its model if none is given.
+        output: folder of both, new or empty.
+    """
+    from scripts.publishing import publish as publish_bundle
+
+    written = publish_bundle(BUNDLE_ROOT if folder is None else folder, output)
+    return f"{written.archive}\n{written.hub}\nSHA-256 of the zip: {written.sha256}"
+
+
 def weights(action: str = "list", name: str | None = None, *, output: str | None = None) -> str:
     """List published weights (list), fetch some (get NAME), or say which of them a file is (verify FILE).
 
@@ -594,6 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export,
             weights,
             bundle,
+            publish,
             study,
             report,
             demo,

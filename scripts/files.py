@@ -1,9 +1,10 @@
-"""Writing a file whole or not at all."""
+"""Writing a file or a folder whole or not at all."""
 
 import contextlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from scripts.errors import OutputError
@@ -40,6 +41,52 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # An unreachable folder has nothing to clean up, and must not hide the error that is on its way out.
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Lend a temporary folder beside ``path``, which it becomes only when the block ends well.
+
+    Args:
+        path: where the finished folder has to be; nothing, or an empty folder, may stand there.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        OutputError: the place is taken; or the block, or the final rename, met an ``OSError``.
+    """
+    folder = Path(path)
+    if (folder.exists() or folder.is_symlink()) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OutputError(f"{folder} is there already and not empty: choose another folder, or move it")
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.is_dir():  # an empty one
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise OutputError(
+            f"expected to write the folder {folder}, but the system answered '{error.strerror or error}'; choose a "
+            "place that is writable and has space left"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_files(source: Path, patterns: Sequence[str], target: Path) -> None:
+    """Copy the files of some patterns, but not their permissions: what is copied can be changed.
+
+    Args:
+        source: the folder that the patterns look in.
+        patterns: as of `Path.glob`.
+        target: the folder that takes their place.
+    """
+    for path in [path for pattern in patterns for path in sorted(source.glob(pattern))]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
 
 
 def _explain(target: Path, error: OSError) -> str:

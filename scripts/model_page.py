@@ -154,8 +154,9 @@ def metadata_of(model: PackagedModel, template: Mapping[str, Any]) -> dict[str, 
     version = template["version"]
     named = ", ".join(f"{class_id} {name}" for class_id, name in model.classes.items())
     known = ", ".join(model.classes.values())
+    general = {key: value for key, value in template.items() if key != "weights_license"}  # that of other weights
     return {
-        **template,
+        **general,
         "changelog": {version: f"{model.name}, packaged with the AutoMedSAM bundle {version}"},
         "name": model.name,
         "task": f"Segmentation of {known} in {model.modalities}, {TASKS[kind]}",

@@ -1,10 +1,7 @@
 """Make a MONAI Bundle of its own around a trained model: what MONAI Label, MONAI Deploy and `monai.bundle` open."""
 
-import contextlib
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,8 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from scripts.data.vocabulary import Vocabulary
-from scripts.errors import CheckpointError, ConfigError, OutputError
-from scripts.files import TEMPORARY_PREFIX
+from scripts.errors import CheckpointError, ConfigError
+from scripts.files import atomic_folder, copy_files
 from scripts.model_page import PackagedModel, data_terms_of, metadata_of, page_of
 from scripts.networks.checkpoints import load_network_weights, read_state_dict, save_state_dict
 from scripts.networks.model_card import ModelCard
@@ -46,7 +43,6 @@ def package_model(model: str | Path, folder: str | Path, *, name: str | None = N
     model, folder = Path(model).absolute(), Path(folder).resolve()
     if not model.is_file():
         raise CheckpointError(f"there is no weights file {model}: check the path; training writes model.pt")
-    _require_nothing_at(folder)
     card = ModelCard.beside(model)
     inference, training = configs_of(card)
     network = _network_of(inference, model)
@@ -54,10 +50,10 @@ def package_model(model: str | Path, folder: str | Path, *, name: str | None = N
     classes = {class_id: vocabulary.entry(class_id).name for class_id in network.class_ids}
     described = PackagedModel(name or folder.name, card, network.image_size, classes, inference["window"])
     metadata = metadata_of(described, _read_json(CONFIGS / "metadata.json"))
-    with _whole_folder(folder) as temporary:
-        _copy(CONFIGS, CONFIG_PATTERNS, temporary / "configs")
-        _copy(BUNDLE_ROOT / "scripts", ["**/*.py"], temporary / "scripts")
-        _copy(BUNDLE_ROOT, ["LICENSE"], temporary)
+    with atomic_folder(folder) as temporary:
+        copy_files(CONFIGS, CONFIG_PATTERNS, temporary / "configs")
+        copy_files(BUNDLE_ROOT / "scripts", ["**/*.py"], temporary / "scripts")
+        copy_files(BUNDLE_ROOT, ["LICENSE"], temporary)
         for file, content in {"inference": inference, "train": training, "metadata": metadata}.items():
             text = json.dumps(content, indent=4, ensure_ascii=False)
             (temporary / "configs" / f"{file}.json").write_text(f"{text}\n", encoding="utf-8")
@@ -124,14 +120,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _copy(source: Path, patterns: Sequence[str], target: Path) -> None:
-    """Copy the files of some patterns, but not their permissions: what is copied can be changed."""
-    for path in [path for pattern in patterns for path in sorted(source.glob(pattern))]:
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
-
-
 def _save_weights(model: Path, card: ModelCard, folder: Path) -> None:
     """Write weights and card in both forms, as plain tensors whatever the file wrapped them in."""
     folder.mkdir()
@@ -139,30 +127,3 @@ def _save_weights(model: Path, card: ModelCard, folder: Path) -> None:
     for suffix in (".pt", ".safetensors"):
         save_state_dict(state, folder / f"model{suffix}")
     card.write(folder / "model.json")
-
-
-def _require_nothing_at(folder: Path) -> None:
-    """Refuse a place where something is, before anything is done."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder} is there already and not empty: choose another folder for the bundle, or move it")
-
-
-@contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Lend a folder beside the final one, which takes its place once the block ends well."""
-    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.is_dir():  # an empty one
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        raise OutputError(
-            f"expected to write the bundle {folder}, but the system answered '{error.strerror or error}'; choose a "
-            "folder that is writable and has space left"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,10 @@
 """Options that make PyTorch itself faster: compiled parts, and mixed precision where the device is made for it."""
 
+from typing import Any, Literal
+
 import torch
+from monai.inferers import Inferer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
@@ -58,3 +62,50 @@ def require_bfloat16(device: torch.device) -> None:
     has = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
     if not has:
         raise ConfigError(f"precision bfloat16: {device} has no instructions for it; use float32")
+
+
+class Bfloat16Inferer(Inferer):
+    """Run a network in training with matrix products and convolutions in bfloat16; weights and loss stay float32.
+
+    MONAI's `amp` is made for CUDA. This works on a CPU too, where AMX halves the time of a step and more. bfloat16
+    has the range of float32, so that nothing needs to be scaled.
+
+    Args:
+        inferer: runs the network.
+        device: where the network is.
+
+    Raises:
+        ConfigError: a device without instructions for bfloat16.
+    """
+
+    def __init__(self, inferer: Inferer, *, device: torch.device) -> None:
+        super().__init__()
+        require_bfloat16(device)
+        self.inferer = inferer
+        self.device = device
+
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run `inferer` with the same arguments."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            if self.device.type != "cpu":
+                return self.inferer(inputs, network, *args, **kwargs)
+            with sdpa_kernel(SDPBackend.MATH):  # of bfloat16 the fused attention's backward pass takes twice as long
+                return self.inferer(inputs, network, *args, **kwargs)
+
+
+def in_precision(inferer: Inferer, *, precision: Literal["float32", "bfloat16"], device: torch.device) -> Inferer:
+    """Let an inferer run its network in a precision.
+
+    Args:
+        inferer: of the training.
+        precision: see `Bfloat16Inferer`.
+        device: where the network is.
+
+    Raises:
+        ConfigError: an unknown precision, or bfloat16 on a device without instructions for it.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ConfigError(f"precision is 'float32' or 'bfloat16', not '{precision}'")
+    return inferer if precision == "float32" else Bfloat16Inferer(inferer, device=device)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.inferers import SimpleInferer
 
-from scripts.engines.acceleration import compile_parts, cpu_has_bfloat16, on_device, require_bfloat16
+from scripts.engines.acceleration import compile_parts, cpu_has_bfloat16, in_precision, on_device, require_bfloat16
 from scripts.errors import ConfigError
+from scripts.losses.joint import JointLoss, PromptTargets
 
 CPU = torch.device("cpu")
 
@@ -80,3 +82,45 @@ def test_the_probe_says_what_the_system_says():
     text = Path("/proc/cpuinfo").read_text()
     flags = next((line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")), [])
     assert cpu_has_bfloat16() == bool({"amx_bf16", "avx512_bf16"} & set(flags))
+
+
+def gradients_in(precision, network, images, ids):
+    """One step of training: the logits, and the gradient of each part's first weight."""
+    inferer = in_precision(SimpleInferer(), precision=precision, device=CPU)
+    answer = inferer(images, network, ids)
+    targets = PromptTargets(torch.ones_like(answer.logits), torch.ones_like(answer.logits), torch.ones(ids.shape) > 0)
+    JointLoss(losses=["dice", "cross_entropy"])(answer, targets).backward()
+    parts = (network.image_encoder, network.class_prompt_encoder.unet, network.mask_decoder.output_upscaling)
+    gradients = [next(part.parameters()).grad.clone() for part in parts]
+    network.zero_grad()
+    return answer.logits.detach().float(), gradients
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this processor has no instructions for bfloat16")
+def test_training_in_bfloat16_learns_what_float32_learns(build_network, generator):
+    network = build_network(train_image_encoder=True)
+    images = torch.rand((2, 3, network.image_size, network.image_size), generator=generator)
+    ids = torch.tensor([[1, 2], [2, 1]])
+    exact, exact_gradients = gradients_in("float32", network, images, ids)
+    near, gradients = gradients_in("bfloat16", network, images, ids)
+    assert not torch.equal(near, exact)  # it was at work
+    torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05 * exact.abs().max().item())
+    for found, expected in zip(gradients, exact_gradients, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+
+
+def test_float32_is_the_inferer_as_it_is():
+    inferer = SimpleInferer()
+    assert in_precision(inferer, precision="float32", device=CPU) is inferer
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ConfigError, match="precision is 'float32' or 'bfloat16', not 'float16'"):
+        in_precision(SimpleInferer(), precision="float16", device=CPU)
+
+
+def test_training_in_bfloat16_is_refused_where_it_is_not_at_home(monkeypatch):
+    monkeypatch.setattr("scripts.engines.acceleration.cpu_has_bfloat16", lambda: False)
+    with pytest.raises(ConfigError, match="use float32"):
+        in_precision(SimpleInferer(), precision="bfloat16", device=CPU)
