@@ -84,7 +84,8 @@ def infer(
     run_configs(
         ["inference.json", *NETWORK_OVERLAYS[model["architecture"]], *overlays], {**settings, **model, **overrides}
     )
-    return f"label maps, names and pictures are in {folder}"
+    written = "DICOM Segmentation objects" if overrides.get("output_format") == "dicom-seg" else "label maps, names"
+    return f"{written} and pictures are in {folder}"
 
 
 def train(
