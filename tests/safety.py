@@ -58,6 +58,7 @@ ATTRIBUTES = {
     "fill",
     "grid_size",
     "image_size",
+    "sam_parts",
     "metrics",
     "parameters",
     "raise_failures",

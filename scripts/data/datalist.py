@@ -160,17 +160,22 @@ def write_datalist(datalist: Mapping[str, Any], path: str | Path) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def trained_classes(cases: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> dict[str, list[str]]:
+def trained_classes(
+    cases: Iterable[Mapping[str, Any]], vocabulary: Vocabulary, *, learned: bool = True
+) -> dict[str, list[str]]:
     """Collect which classes are annotated in which modality: what a model trained on these cases can be asked for.
 
     Args:
         cases: cases of `read_datalist`.
         vocabulary: the one that they were read with.
+        learned: False for a training in which no class is learned by its name, only boxes.
 
     Returns:
         Canonical modality name -> names of the classes annotated in any of its cases, in id order. Modalities are in
-        the vocabulary's order; those without an annotated case are left out.
+        the vocabulary's order; those without an annotated case are left out. Empty if no class is learned.
     """
+    if not learned:
+        return {}
     ids: dict[str, set[int]] = {name: set() for name in vocabulary.modality_names}
     for case in cases:
         ids[case["modality"]].update(case["annotated"])

@@ -170,3 +170,8 @@ def trains_on_boxes(inferer: Inferer, *, share: float) -> bool:
         share: of the classes that are asked for by their box.
     """
     return share > 0 or isinstance(inferer, BoxPromptTraining)
+
+
+def trains_on_classes(inferer: Inferer) -> bool:
+    """Say for a model's card whether a training teaches the class prompt encoder anything."""
+    return not isinstance(inferer, BoxPromptTraining)

@@ -1,15 +1,17 @@
 """Training an image encoder and mask decoder from nothing: boxes for the decoder, a class head for the encoder."""
 
-import torch
-from monai.inferers import Inferer
+from typing import Any
 
+import torch
+
+from scripts.engines.box_inferer import BoxPromptTraining
 from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.class_head import ClassHead
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
 
-class EncoderStartTraining(Inferer):
+class EncoderStartTraining(BoxPromptTraining):
     """Answer some questions by the mask decoder from true boxes, all others by a class head on the embedding.
 
     The class prompt encoder takes no part, so that a step costs a fraction of one with it: the encoder learns what all
@@ -31,7 +33,7 @@ class EncoderStartTraining(Inferer):
         class_ids: torch.Tensor,
         box: torch.Tensor,
         by_box: torch.Tensor | None = None,
-        **_: object,
+        **_: Any,
     ) -> MaskPrediction:
         """Segment the classes asked for.
 

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from scripts.errors import ConfigError
-from scripts.networks.class_prompt_encoder import DIFFUSION_STEPS, RELEASE_CHANNELS, ClassPromptEncoder, Preset
+from scripts.networks.class_prompt_encoder import (
+    DIFFUSION_STEPS,
+    RELEASE_CHANNELS,
+    ClassCode,
+    ClassPromptEncoder,
+    Preset,
+)
 from scripts.networks.image_encoders import build_image_encoder
 from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
@@ -36,6 +42,7 @@ class AutoMedSAM(nn.Module):
         channels: widths of the class prompt encoder's U-Net.
         diffusion_steps: T.
         diffusion: False for the ablation of Table 6, see `ClassPromptEncoder`.
+        class_code: how the class enters, `scalar` or `learned`, see `ClassPromptEncoder`.
         prompt_branches: which prompts the decoder gets, `both`, `dense` or `sparse` (Table 5). What is missing is as
             for SAM without such a prompt: no tokens, or the embedding that stands for no mask.
         pixel_normalisation: `unit` leaves pixels in [0, 1], as MedSAM and LiteMedSAM were trained; `sam` takes SAM's
@@ -63,6 +70,7 @@ class AutoMedSAM(nn.Module):
         channels: Sequence[int] = RELEASE_CHANNELS,
         diffusion_steps: int = DIFFUSION_STEPS,
         diffusion: bool = True,
+        class_code: ClassCode = "scalar",
         prompt_branches: Literal["both", "dense", "sparse"] = "both",
         pixel_normalisation: Literal["unit", "sam"] = "unit",
         train_image_encoder: bool = False,
@@ -85,6 +93,7 @@ class AutoMedSAM(nn.Module):
             "channels": list(channels),
             "diffusion_steps": diffusion_steps,
             "diffusion": diffusion,
+            "class_code": class_code,
             "prompt_branches": prompt_branches,
             "pixel_normalisation": pixel_normalisation,
         }
@@ -101,6 +110,7 @@ class AutoMedSAM(nn.Module):
             channels=(first, second, middle),
             diffusion_steps=diffusion_steps,
             diffusion=diffusion,
+            class_code=class_code,
         )
         self.prompt_encoder = build_prompt_encoder(grid_size=self.grid_size, image_size=self.image_size)
         self.mask_decoder = build_mask_decoder()
@@ -114,6 +124,11 @@ class AutoMedSAM(nn.Module):
     def diffusion_steps(self) -> int:
         """T, the last time step of the forward diffusion."""
         return self.class_prompt_encoder.diffusion_steps
+
+    def sam_parts(self) -> nn.ModuleDict:
+        """Give the parts that a published SAM file fills, under its names, sharing memory with this network."""
+        names = ("image_encoder", "prompt_encoder", "mask_decoder")
+        return nn.ModuleDict({name: self.get_submodule(name) for name in names})
 
     def train(self, mode: bool = True) -> "AutoMedSAM":
         """Switch to training; what is frozen stays in eval mode, so that batch statistics are never touched."""

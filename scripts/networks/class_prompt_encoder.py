@@ -28,6 +28,8 @@ from scripts.networks.forward_diffusion import diffuse_accumulated, diffuse_once
 from scripts.networks.prompts import PromptEmbeddings, images_of
 
 Preset = Literal["paper", "release"]
+ClassCode = Literal["scalar", "learned"]
+LARGEST_CLASS = 255  # of a label map in bytes
 EMBEDDING_CHANNELS = 256  # of SAM's image encoders and prompts
 SPARSE_TOKENS = 2  # as many as SAM's prompt encoder makes of a box
 RELEASE_CHANNELS = (64, 128, 256)  # of the authors' file; the paper gives none
@@ -95,18 +97,21 @@ class TwoBranchUNet(nn.Module):
     def complete(self, shared: torch.Tensor, class_map: torch.Tensor, *, repeats: int) -> torch.Tensor:
         """Add a class to what `share` gives, and finish the first level.
 
-        A class map spread over all channels meets the sum of the kernel over these. Convolution is linear, and zeros
-        around the sum are zeros around both, so that nothing is left out at the border.
+        A class map of 256 channels goes through the kernel as the embedding did. One of a single channel, spread over
+        all channels, meets the sum of the kernel over these. Convolution is linear, and zeros around the sum are zeros
+        around both, so that nothing is left out at the border.
 
         Args:
             shared: `(N, first width, h, w)`.
-            class_map: the projected class, `(N, 1, h, w)`.
+            class_map: the projected class, `(N, 1, h, w)`, or the learned one, `(N, 256, h, w)`.
             repeats: how often the map was added to each channel of the embedding.
 
         Returns:
             The first level's features, as `enc1` gives for the diffused embedding.
         """
         weight = cast(nn.Conv2d, self.enc1[0]).weight
+        if class_map.shape[1] == EMBEDDING_CHANNELS:
+            return self.enc1[1:](shared + repeats * F.conv2d(class_map, weight, padding=1))
         spread, appended = weight[:, :EMBEDDING_CHANNELS], weight[:, EMBEDDING_CHANNELS:]  # 256; 0 or 1
         kernel = repeats * spread.sum(dim=1, keepdim=True) + appended.sum(dim=1, keepdim=True)
         return self.enc1[1:](shared + F.conv2d(class_map, kernel, padding=1))
@@ -146,9 +151,14 @@ class ClassPromptEncoder(nn.Module):
         diffusion_steps: T, 1 or more.
         diffusion: whether the embedding is diffused towards the class before the U-Net. Without (the ablation of
             Table 6) the U-Net takes F_I as it is, and the class enters where it is one more channel alone.
+        class_code: `scalar`, the class's index as in the paper, so that classes lie on a line (Eqs. 2 and 3); or
+            `learned`, a vector of 256 for each class, which is this project's: it is added to the embedding at every
+            place, and projected from it is the one more channel. The vectors are there for ids up to 255, so that
+            weights fit whatever the classes are.
 
     Raises:
-        ConfigError: an unknown preset, or no diffusion step.
+        ConfigError: an unknown preset or class code, no diffusion step, or a learned code for the release, which has
+            none.
     """
 
     def __init__(
@@ -159,8 +169,13 @@ class ClassPromptEncoder(nn.Module):
         channels: tuple[int, int, int] = RELEASE_CHANNELS,
         diffusion_steps: int = DIFFUSION_STEPS,
         diffusion: bool = True,
+        class_code: ClassCode = "scalar",
     ) -> None:
         super().__init__()
+        if class_code not in ("scalar", "learned") or (class_code == "learned" and preset == "release"):
+            raise ConfigError(
+                f"class_code is 'scalar' or, with the preset 'paper', 'learned'; not '{class_code}' with '{preset}'"
+            )
         if preset not in ("paper", "release"):
             raise ConfigError(f"the class prompt encoder's preset is 'paper' or 'release', not '{preset}'")
         if diffusion_steps < 1:
@@ -169,7 +184,9 @@ class ClassPromptEncoder(nn.Module):
         self.preset = preset
         self.diffusion_steps = diffusion_steps
         self.diffusion = diffusion
-        self.fc_label = nn.Linear(1, grid_size * grid_size)
+        self.class_vectors = nn.Embedding(1 + LARGEST_CLASS, EMBEDDING_CHANNELS) if class_code == "learned" else None
+        width = EMBEDDING_CHANNELS if class_code == "learned" else 1
+        self.fc_label = nn.Linear(width, grid_size * grid_size)
         self.unet = TwoBranchUNet(
             channels_in=EMBEDDING_CHANNELS + (1 if preset == "release" else 0),
             channels=channels,
@@ -178,8 +195,11 @@ class ClassPromptEncoder(nn.Module):
         self.token_pool = nn.AdaptiveAvgPool2d((SPARSE_TOKENS, 1))
 
     def project(self, class_ids: torch.Tensor) -> torch.Tensor:
-        """Spread class indices `(N,)` over the grid, linearly in the index (Eqs. 2 and 3): `(N, 1, h, w)`."""
-        projected = self.fc_label(class_ids.to(self.fc_label.weight.dtype).reshape(-1, 1))
+        """Spread class indices `(N,)` over the grid, linearly in the index (Eqs. 2 and 3) or vector: `(N, 1, h, w)`."""
+        if self.class_vectors is None:
+            projected = self.fc_label(class_ids.to(self.fc_label.weight.dtype).reshape(-1, 1))
+        else:
+            projected = self.fc_label(self.class_vectors(class_ids))
         return projected.reshape(-1, 1, self.grid_size, self.grid_size)  # (N, h w) -> (N, 1, h, w)
 
     def forward(
@@ -227,8 +247,11 @@ class ClassPromptEncoder(nn.Module):
         return 1 if self.preset == "paper" else self.diffusion_steps
 
     def _class_maps(self, class_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give what tells the class at the top and at the bottom of the U-Net, `(N, 1, h, w)` each."""
+        """Give what tells the class at the U-Net's top, `(N, 1 or 256, h, w)`, and at its bottom, `(N, 1, h, w)`."""
         projected = self.project(class_ids)
+        if self.class_vectors is not None:
+            vectors = self.class_vectors(class_ids)[:, :, None, None]
+            return vectors.expand(-1, -1, self.grid_size, self.grid_size), projected
         if self.preset == "paper":
             return projected, projected
         return projected, class_ids.to(projected.dtype).reshape(-1, 1, 1, 1).expand_as(projected)

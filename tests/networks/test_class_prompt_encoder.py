@@ -20,11 +20,13 @@ PRESETS = ["paper", "release"]
 RELEASE_PARAMETERS = 2_218_816
 
 
-def small(preset: str = "paper", *, seed: int = 0, grid_size: int = GRID, steps: int = 100) -> ClassPromptEncoder:
+def small(
+    preset: str = "paper", *, seed: int = 0, grid_size: int = GRID, steps: int = 100, **settings: str
+) -> ClassPromptEncoder:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ClassPromptEncoder(
-            grid_size=grid_size, preset=preset, channels=CHANNELS, diffusion_steps=steps
+            grid_size=grid_size, preset=preset, channels=CHANNELS, diffusion_steps=steps, **settings
         ).requires_grad_(False)
 
 
@@ -402,3 +404,52 @@ def test_an_unknown_preset_is_refused():
 def test_no_step_is_refused(preset, steps):
     with pytest.raises(ConfigError, match=f"{steps} is no number of steps"):
         small(preset, steps=steps)
+
+
+# A learned vector for each class, in place of its index.
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+@pytest.mark.parametrize("grid_size", [1, 4, 7])
+def test_a_learned_class_is_added_at_every_place_and_is_one_more_channel(noisy, grid_size, generator):
+    """By hand: F_t = F_I + eps_t + e_c, with the same e_c everywhere; at the bottom a linear map of e_c."""
+    encoder = small(class_code="learned", grid_size=grid_size)
+    embedding, ids = embeddings(generator, 2, grid_size), torch.tensor([255, 3, 1, 3])
+    noise = embeddings(generator, 4, grid_size) if noisy else None
+    steps = torch.tensor([1, 3, 100, 7])
+    prompts = encoder(embedding, ids, noise=noise, timestep=steps)
+    vectors = encoder.class_vectors.weight[ids]
+    diffused = embedding.repeat_interleave(2, dim=0) + vectors.reshape(4, 256, 1, 1)
+    if noisy:
+        diffused = diffused + noise / (steps.reshape(4, 1, 1, 1) + 1)
+    projected = vectors @ encoder.fc_label.weight.T + encoder.fc_label.bias
+    dense, sparse = encoder.unet(diffused, projected.reshape(4, 1, grid_size, grid_size))
+    torch.testing.assert_close(prompts.dense, dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        prompts.sparse, encoder.token_pool(sparse).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_only_the_vectors_of_classes_asked_for_learn(generator):
+    encoder = small(class_code="learned").requires_grad_(True)
+    prompts = encoder(embeddings(generator, 1), torch.tensor([2, 9]))
+    (prompts.sparse.sum() + prompts.dense.sum()).backward()
+    rows = encoder.class_vectors.weight.grad.abs().sum(dim=1).nonzero().flatten()
+    assert rows.tolist() == [2, 9]
+
+
+def test_learned_classes_without_diffusion_enter_at_the_bottom_alone(generator):
+    encoder = small(class_code="learned", diffusion=False)
+    seen = record(encoder.unet.enc2)
+    encoder(embeddings(generator, 1), torch.tensor([1, 2]))
+    assert torch.equal(seen[0][0], seen[0][1])
+
+
+def test_a_released_network_has_no_learned_classes():
+    with pytest.raises(ConfigError, match="class_code is 'scalar' or, with the preset 'paper', 'learned'"):
+        small("release", class_code="learned")
+
+
+def test_an_unknown_class_code_is_refused():
+    with pytest.raises(ConfigError, match="not 'number' with 'paper'"):
+        small(class_code="number")
