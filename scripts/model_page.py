@@ -11,15 +11,18 @@ from scripts.networks.model_card import ModelCard
 TASKS = {
     "automedsam": "prompted by class names",
     "hsp_sam": "without any prompt",
+    "unet": "by a channel for each class",
 }
 METHODS = {
     "automedsam": "AutoMedSAM (arXiv 2502.06817): an image encoder, a diffusion-based class prompt encoder in place of "
     "manual prompts, and SAM's mask decoder. A class is asked for by its name or id.",
     "hsp_sam": "HSP-SAM (arXiv 2506.02854): an image encoder with learned prompts at each of its levels, and a "
     "hierarchical decoder. All classes are segmented at once, without a prompt.",
+    "unet": "A U-Net, MONAI's BasicUNet: a channel for each class.",
 }
 PROBABILITIES = {
     "automedsam": "the sigmoid of a channel is the probability of its class",
+    "unet": "the sigmoid of a channel is the probability of its class",
     "hsp_sam": "the softmax of the channels is the probability of each class and of the background",
 }
 HSP_SAM_PAPER = (
@@ -224,7 +227,7 @@ def _pred_classes(model: PackagedModel, named: str) -> str:
 
 def _references(architecture: str, references: list[str]) -> list[str]:
     """Put the paper of the network first."""
-    if architecture == "automedsam":
+    if architecture != "hsp_sam":
         return list(references)
     return [HSP_SAM_PAPER, *(entry for entry in references if AUTOMEDSAM_PAPER not in entry)]
 

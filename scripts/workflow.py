@@ -15,6 +15,7 @@ JSON_WORDS = {"true": True, "false": False, "null": None, "none": None}  # Fire 
 NETWORK_OVERLAYS: dict[str, tuple[str, ...]] = {  # over the configs, by network
     "automedsam": (),
     "hsp_sam": ("networks/hsp_sam.yaml",),
+    "unet": ("networks/unet.yaml",),
 }
 
 

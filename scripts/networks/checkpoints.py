@@ -33,7 +33,7 @@ WRAPPERS = ("model", "state_dict", "network")
 PARALLEL_PREFIX = "module."  # torch.nn.parallel puts it before every name
 # [sic] the release's own spelling; the second is that of the group's older wrapper; the third is ours.
 CLASS_PROMPT_PREFIXES = ("class_prmpt_encoder.", "diffusion_model.", "class_prompt_encoder.")
-WHOLE_PREFIXES = ("class_prompt_encoder.", "decoder.")  # what only this bundle's own networks have, of either kind
+WHOLE_PREFIXES = ("class_prompt_encoder.", "decoder.", "plain_unet.")  # what only this bundle's own networks have
 POSITION_TABLE = "image_encoder.pos_embed"
 RELATIVE_TABLES = (".rel_pos_h", ".rel_pos_w")
 NAMES_SHOWN = 3  # of each kind of mismatch
@@ -286,6 +286,8 @@ def describe_weights(state: Mapping[str, Tensor]) -> str:
     encoder = _describe_image_encoder(state)
     if any(name.startswith(CLASS_PROMPT_PREFIXES) for name in state):
         return f"a class-prompted network with {encoder}"
+    if any(name.startswith("plain_unet.") for name in state):
+        return "a U-Net"
     if any(name.startswith("decoder.") for name in state):
         return f"a prompt-free network of {_describe_prompts(state)} with {encoder}"
     if any(name.startswith(("unet.", "fc_label.")) for name in state):

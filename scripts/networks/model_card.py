@@ -9,7 +9,7 @@ from typing import Any
 from scripts.errors import CheckpointError
 from scripts.files import atomic_path
 
-ARCHITECTURES = ("automedsam", "hsp_sam")
+ARCHITECTURES = ("automedsam", "hsp_sam", "unet")
 SETTINGS = ("network", "preprocessing", "trained")  # which become settings of a config
 CONFIG_SIGNS = ("$", "@", "%")  # by which a config knows what is to be evaluated or fetched
 
@@ -19,11 +19,11 @@ class ModelCard:
     """What must be known to use a weights file.
 
     Attributes:
-        network: arguments of `AutoMedSAM` or `HSPSAM`, so that the weights fit.
+        network: arguments of `AutoMedSAM`, `HSPSAM` or `ClassUNet`, so that the weights fit.
         preprocessing: settings of the images' preparation, so that they look as in training: `window`, in HU.
         trained: modality -> names of the classes learned in it.
         training: how the weights came about: data set, epochs, seed, validation score.
-        architecture: which of the two networks, one of `ARCHITECTURES`; a card that does not say so is AutoMedSAM's.
+        architecture: which network, one of `ARCHITECTURES`; a card that does not say so is AutoMedSAM's.
     """
 
     network: dict[str, Any]

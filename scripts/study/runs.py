@@ -44,8 +44,9 @@ def _network(architecture: str) -> Callable[..., nn.Module]:
     """Find the network of a model card."""
     from scripts.networks.automedsam import AutoMedSAM
     from scripts.networks.hsp_sam import HSPSAM
+    from scripts.networks.unet import ClassUNet
 
-    return {"automedsam": AutoMedSAM, "hsp_sam": HSPSAM}[architecture]
+    return {"automedsam": AutoMedSAM, "hsp_sam": HSPSAM, "unet": ClassUNet}[architecture]
 
 
 def _train(rows: PlannedRows, row: StudyRow, seed: int) -> Path:
