@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LABEL := .venv-label
 LOWEST := .venv-lowest
 
-.PHONY: setup setup-label demo dist test test-slow test-label setup-lowest test-lowest lint check bench clean
+.PHONY: setup setup-label demo dist generalist evaluate-shipped test test-slow test-label setup-lowest test-lowest lint check bench clean
 
 # The stamp is newer than both lists of requirements once everything is installed.
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
@@ -68,6 +68,30 @@ lint: setup
 dist: setup
 	rm -rf dist
 	$(BIN)/automedsam publish --output dist
+
+# How the model that comes with the bundle was made, in three stages; docs/model.md. DATA is the folder of its data sets.
+# `OPTIONS="--max_epochs 1 --image_size 32"` makes all of it small; a stage that broke off goes on from its last.pt.
+DATA ?= data
+GENERALIST ?= runs/generalist
+SETS := kvasir_seg ph2_dermoscopy covid_chest_xray acdc_cine_mr lits_liver_ct chaos_t2_mr
+EMPTY :=
+COMMA := ,
+LISTS = $(subst $(EMPTY) ,$(COMMA),$(strip $(SETS:%=$(GENERALIST)/data/%/datalist.json)))
+STAGE = $(BIN)/automedsam train $(LISTS) $(if $(wildcard $(1)/last.pt),--resume $(1)/last.pt) --output $(1) --config \
+	experiments/from_scratch.yaml,experiments/generalist.yaml
+
+generalist: setup
+	for set in $(SETS); do \
+		$(BIN)/automedsam prepare shared --source $(DATA)/$$set --output $(GENERALIST)/data/$$set || exit 1; done
+	$(call STAGE,$(GENERALIST)/start),experiments/encoder_start.yaml --max_epochs 28 --val_interval 7 $(OPTIONS)
+	$(call STAGE,$(GENERALIST)/prompts),experiments/class_prompts.yaml --pretrained $(GENERALIST)/start/model.pt \
+		--max_epochs 6 $(OPTIONS)
+	$(call STAGE,$(GENERALIST)/joint),experiments/joint_tuning.yaml --pretrained $(GENERALIST)/prompts/model.pt \
+		--max_epochs 16 $(OPTIONS)
+
+# The figures of that model, compared with those in configs/metadata.json.
+evaluate-shipped: setup
+	$(BIN)/python benchmarks/shipped_model.py $(DATA)
 
 # The bundle checks of MONAI's model zoo, by its own commands.
 check: setup

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from scripts.data.phantoms import write_phantoms
+from scripts.packaging import package_model
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,20 @@ def shared() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def phantom_model() -> Path:
+    """A small model that has learned the five organs of the CT phantoms, with its card beside it."""
+    return BUNDLE_ROOT / "tests" / "data_files" / "phantom_model.pt"
+
+
+@pytest.fixture(scope="session")
+def phantom_bundle(phantom_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model as a bundle of its own; not to be written to."""
+    folder = tmp_path_factory.mktemp("bundles") / "phantoms"
+    package_model(phantom_model, folder)
+    return folder
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from monai.utils import convert_to_dst_type
 from scripts import cli
 from scripts.engines.evaluators import intended_error
 from scripts.errors import InputError, PromptError
-from scripts.packaging import package_model
 
 DROPPED = ("LoadImage", "SaveImage")
 AXES = {
@@ -84,7 +83,7 @@ def handed(volume, **further):
 
 
 @pytest.fixture(scope="module")
-def volumes(tiny_phantoms, tmp_path_factory):
+def volumes(tiny_phantoms, phantom_model, tmp_path_factory):
     """A phantom by the way its axes lie: the volume, and what `automedsam infer` makes of its file."""
     folder = tmp_path_factory.mktemp("volumes")
     original = nibabel.load(tiny_phantoms.parent / "images" / "phantom_004.nii.gz")
@@ -93,15 +92,16 @@ def volumes(tiny_phantoms, tmp_path_factory):
         volume = turned(original)
         path = folder / f"{number}.nii.gz"
         nibabel.save(volume, path)
-        cli.main(["infer", str(path), "--modality", "CT", "--output", str(folder / "out"), "--noprogress_bar"])
+        words = ["infer", str(path), "--checkpoint", str(phantom_model), "--modality", "CT", "--noprogress_bar"]
+        cli.main([*words, "--output", str(folder / "out")])
         found[name] = volume, np.asarray(nibabel.load(folder / "out" / f"{number}_seg.nii.gz").dataobj)
     return found
 
 
 @pytest.fixture
-def operator(bundle_root, tmp_path, monkeypatch):
+def operator(phantom_bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an application runs anywhere
-    return BundleOperator(bundle_root)
+    return BundleOperator(phantom_bundle)
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -154,15 +154,17 @@ def test_weights_that_do_not_fit_are_refused(bundle_root, tmp_path):
         BundleOperator(tmp_path)
 
 
-def test_a_model_packaged_as_a_bundle_is_opened_too(bundle_root, volumes, tmp_path, monkeypatch):
+def test_the_bundle_that_comes_with_the_software_is_opened_too(bundle_root, volumes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    package_model(bundle_root / "models" / "model.pt", tmp_path / "packaged")
-    volume, expected = volumes["flipped and turned"]
-    labels = BundleOperator(tmp_path / "packaged").compute(*handed(volume, Modality="CT"))
+    volume, _ = volumes["flipped and turned"]
+    nibabel.save(volume, tmp_path / "scan.nii.gz")
+    cli.main(["infer", "scan.nii.gz", "--modality", "CT", "--output", "out", "--noprogress_bar"])
+    labels = BundleOperator(bundle_root).compute(*handed(volume, Modality="CT"))
+    expected = np.asarray(nibabel.load(tmp_path / "out" / "scan_seg.nii.gz").dataobj)
     np.testing.assert_array_equal(labels[0].numpy(), expected)
 
 
-def test_an_application_of_the_sdk_gives_the_same_label_map(bundle_root, volumes, tmp_path, monkeypatch):
+def test_an_application_of_the_sdk_gives_the_same_label_map(phantom_bundle, volumes, tmp_path, monkeypatch):
     pytest.importorskip("monai.deploy", reason="the MONAI Deploy App SDK is not installed, see docs/deploy.md")
     from monai.deploy.conditions import CountCondition
     from monai.deploy.core import AppContext, Application, Image, IOType, Operator
@@ -201,7 +203,7 @@ def test_an_application_of_the_sdk_gives_the_same_label_map(bundle_root, volumes
                 app_context=AppContext({}),
                 input_mapping=[IOMapping("image", Image, IOType.IN_MEMORY)],
                 output_mapping=[IOMapping("pred", Image, IOType.IN_MEMORY)],
-                bundle_path=bundle_root,
+                bundle_path=phantom_bundle,
                 bundle_config_names=BundleConfigNames(
                     preproc_name="handed_preprocessing", config_names=["inference", "deploy"]
                 ),

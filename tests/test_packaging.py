@@ -67,12 +67,12 @@ def write_model(folder, network, *, architecture, **card):
 
 
 @pytest.fixture(scope="module")
-def models(bundle_root, tmp_path_factory):
-    """The model that comes with the bundle, and a tiny HSP-SAM."""
+def models(phantom_model, tmp_path_factory):
+    """The model of the phantoms, and a tiny HSP-SAM."""
     training = {"datalist": ["first", "second"], "val_mean_dsc": 0.25, "epoch": 3, "seed": 0}
     own = tmp_path_factory.mktemp("model")
     return {
-        "phantom": bundle_root / "models" / "model.pt",
+        "phantom": phantom_model,
         "hsp_sam": write_model(own, random_hsp_sam(), architecture="hsp_sam", training=training),
     }
 

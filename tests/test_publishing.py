@@ -96,8 +96,9 @@ def test_monai_loads_it_without_this_software(published, downloaded, bundle_root
     code = (
         "import monai.bundle, torch, scripts\n"
         f"network = monai.bundle.load('automedsam', bundle_dir=r'{folder}', workflow_type='inference', device='cpu')\n"
+        "size = network.image_size\n"
         f"assert scripts.__file__.startswith(r'{folder}'), scripts.__file__\n"
-        "torch.save(network.eval()(torch.full((1, 3, 96, 96), 0.5)).detach(), 'answer.pt')\n"
+        "torch.save(network.eval()(torch.full((1, 3, size, size), 0.5)).detach(), 'answer.pt')\n"
     )
     settings = {**os.environ, "PYTHONPATH": str(folder / "automedsam"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, text=True)
@@ -105,7 +106,7 @@ def test_monai_loads_it_without_this_software(published, downloaded, bundle_root
     arguments = {"bundle_dir": str(bundle_root.parent), "workflow_type": "inference", "device": "cpu"}
     network = monai.bundle.load(bundle_root.name, **arguments)
     with torch.no_grad():
-        expected = network.eval()(torch.full((1, 3, 96, 96), 0.5))
+        expected = network.eval()(torch.full((1, 3, network.image_size, network.image_size), 0.5))
     assert torch.allclose(torch.load(tmp_path / "answer.pt", weights_only=True), expected, atol=1e-5)
 
 
@@ -118,11 +119,13 @@ def test_both_forms_of_the_weights_are_the_same(published, bundle_root):
 
 
 @pytest.mark.slow
-def test_what_was_downloaded_segments_as_the_software_does(downloaded, tiny_phantoms, tmp_path):
-    """By MONAI's command, from an empty folder, with nothing but the bundle and an image."""
-    image = tiny_phantoms.parent / "images" / "phantom_004.nii.gz"
-    cli.infer(str(image), modality="CT", output=str(tmp_path / "own"), progress_bar=False)
-    bundle = downloaded / "automedsam"
+def test_what_was_downloaded_segments_as_the_software_does(phantom_bundle, phantom_model, tiny_phantoms, tmp_path):
+    """By MONAI's commands, from an empty folder, with nothing but the zip and an image."""
+    archive = publish(phantom_bundle, tmp_path / "dist").archive
+    monai.bundle.download(name="phantoms", url=archive.as_uri(), bundle_dir=str(tmp_path / "bundles"), progress=False)
+    image, bundle = tiny_phantoms.parent / "images" / "phantom_004.nii.gz", tmp_path / "bundles" / "phantoms"
+    settings = {"checkpoint": str(phantom_model), "modality": "CT", "progress_bar": False}
+    cli.infer(str(image), output=str(tmp_path / "own"), **settings)
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs" / "inference.json")]
     options = ["--bundle_root", str(bundle), "--dataset_dir", str(image), "--output_dir", "theirs", "--modality", "CT"]
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

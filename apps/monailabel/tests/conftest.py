@@ -15,6 +15,7 @@ BUNDLE = APP.parents[1]
 sys.path[:0] = [str(APP), str(BUNDLE)]
 
 from scripts.data.phantoms import write_phantoms  # noqa: E402
+from scripts.packaging import package_model  # noqa: E402
 
 CASES = 4
 
@@ -33,11 +34,19 @@ def studies(phantoms: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(phantoms / "images", tmp_path / "studies"))
 
 
+@pytest.fixture(scope="session")
+def phantom_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle around the model of the phantoms; not to be written to."""
+    folder = tmp_path_factory.mktemp("bundles") / "phantoms"
+    package_model(BUNDLE / "tests" / "data_files" / "phantom_model.pt", folder)
+    return folder
+
+
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    """A copy of the bundle's configs and models, to train in."""
+def bundle(phantom_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of its configs and models, to train in."""
     for name in ("configs", "models"):
-        shutil.copytree(BUNDLE / name, tmp_path / "bundle" / name)
+        shutil.copytree(phantom_bundle / name, tmp_path / "bundle" / name)
     return tmp_path / "bundle"
 
 

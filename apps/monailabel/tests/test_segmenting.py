@@ -1,7 +1,6 @@
 """Segmentation through the app, in this process."""
 
 import json
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -10,13 +9,11 @@ from help import NAMES, assert_on_grid, dice, infer, label_map, upload, values
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
-BUNDLE = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture
-def client(serve):
-    """The app on the bundle that it lies in."""
-    return serve(BUNDLE)
+def client(serve, phantom_bundle):
+    """The app on the phantoms' bundle."""
+    return serve(phantom_bundle)
 
 
 def reoriented(image, codes):
@@ -142,9 +139,9 @@ def test_a_file_that_is_no_image_is_refused(client, tmp_path, name, sentence):
     assert sentence in answer.json()["detail"]
 
 
-def test_a_batch_goes_on_after_an_image_that_cannot_be_read(serve, studies):
+def test_a_batch_goes_on_after_an_image_that_cannot_be_read(serve, phantom_bundle, studies):
     (studies / "damaged.nii.gz").write_text("no image")
-    client = serve(BUNDLE)
+    client = serve(phantom_bundle)
     answer = client.post("/batch/infer/automedsam?images=all&run_sync=true", json={"max_workers": 1})
     assert answer.status_code == 200, answer.text
     results = answer.json()

@@ -19,7 +19,6 @@ from scripts.networks.checkpoints import load_weights
 from scripts.networks.model_card import ModelCard
 
 APP = Path(__file__).resolve().parents[1]
-BUNDLE = APP.parents[1]
 START = 120  # seconds, on a busy machine
 REQUEST = 180
 LOG = 10
@@ -116,13 +115,11 @@ def test_our_app(start, bundle, phantoms, studies):
 
 
 @pytest.fixture
-def stock(tmp_path):
-    """MONAI Label's app for bundles with this bundle in it."""
+def stock(phantom_bundle, tmp_path):
+    """MONAI Label's app for bundles with the phantoms' bundle in it."""
     app = Path(shutil.copytree(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", tmp_path / "stock"))
     for name in ("configs", "models", "scripts"):
-        shutil.copytree(
-            BUNDLE / name, app / "model" / "automedsam" / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(phantom_bundle / name, app / "model" / "automedsam" / name)
     return app
 
 
