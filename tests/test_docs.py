@@ -33,7 +33,10 @@ REPOSITORY_PATH = re.compile(
 )
 NOT_IN_THE_REPOSITORY = ("models/model.ts", "models/medsam_vit_b.pth")
 # Handed on by MONAI's command or by torchrun, not by a config.
-OPTIONS_OF_OTHERS = {"config_file", "standalone", "nnodes", "nproc_per_node", "meta_file", "filepath", "net_id", "help"}
+OPTIONS_OF_OTHERS = {
+    *("config_file", "standalone", "nnodes", "nproc_per_node", "meta_file", "filepath", "net_id", "help"),
+    *("name", "url", "bundle_dir"),
+}
 
 
 def text_of(bundle_root, document):

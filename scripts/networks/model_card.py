@@ -11,6 +11,7 @@ from scripts.files import atomic_path
 
 ARCHITECTURES = ("automedsam", "hsp_sam", "unet")
 SETTINGS = ("network", "preprocessing", "trained")  # which become settings of a config
+OLDER = {"automedsam": {"class_code": "scalar"}}  # what a card means that was written before there was a setting
 CONFIG_SIGNS = ("$", "@", "%")  # by which a config knows what is to be evaluated or fetched
 
 
@@ -35,7 +36,8 @@ class ModelCard:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of a config with which the network is built and its images prepared."""
-        return {"architecture": self.architecture, **self.network, **self.preprocessing}
+        older = OLDER.get(self.architecture, {})
+        return {"architecture": self.architecture, **older, **self.network, **self.preprocessing}
 
     @property
     def learned(self) -> dict[str, Any]:

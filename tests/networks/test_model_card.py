@@ -148,3 +148,10 @@ def test_what_a_config_would_run_is_refused(tmp_path, part, content):
 def test_what_a_later_version_adds_is_no_obstacle(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({**dataclasses.asdict(card()), "more": 1}))
     assert ModelCard.beside(tmp_path / "model.pt") == card()
+
+
+def test_an_older_card_means_what_was_then_the_only_way(phantom_model):
+    """It says nothing of the class code, and its weights have no vectors of classes."""
+    card = ModelCard.beside(phantom_model)
+    assert "class_code" not in card.network
+    assert card.settings["class_code"] == "scalar"
