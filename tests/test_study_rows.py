@@ -15,7 +15,7 @@ from scripts.workflow import find_overlays
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 OF_A_PAPER = [name for name in NAMES if name.startswith("table_")]
-OWN = ["hsp_adaptation", "hsp_fusion", "hsp_networks", "hsp_pairs", "hsp_polyp", "hsp_prompts", "hsp_source"]
+OWN = ["choices", "hsp_adaptation", "hsp_fusion", "hsp_networks", "hsp_pairs", "hsp_polyp", "hsp_prompts", "hsp_source"]
 # What decides how many steps a row has, and of what.
 STEPS = {"max_epochs", "batch_size", "classes_per_image", "learning_rate", "lr_scheduler", "seed", "pretrained"}
 SWITCHES = ("prompt_branches", "diffusion", "preset", "prompts", "prompt_source", "fusion", "lora_rank")

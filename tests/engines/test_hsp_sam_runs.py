@@ -170,7 +170,7 @@ def test_the_label_map_is_the_most_probable_of_the_maps(trained, tmp_path):
     [
         ("hsp_sam", None, ConfigError, "the bundle's own model is of automedsam: train hsp_sam with"),
         ("automedsam", "given", CheckpointError, "is a model of hsp_sam, not of automedsam"),
-        ("unet", "given", ConfigError, "one of automedsam, hsp_sam, not 'unet'"),
+        ("nnunet", "given", ConfigError, "one of automedsam, hsp_sam, unet, not 'nnunet'"),
     ],
 )
 def test_another_network_than_asked_for(trained, tmp_path, asked, checkpoint, error, reason):
