@@ -15,7 +15,7 @@ from scripts.workflow import find_overlays
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 OF_A_PAPER = [name for name in NAMES if name.startswith("table_")]
-OWN = ["choices", "hsp_adaptation", "hsp_fusion", "hsp_networks", "hsp_pairs", "hsp_polyp", "hsp_prompts", "hsp_source"]
+OF_HSP_SAM = ["hsp_adaptation", "hsp_fusion", "hsp_networks", "hsp_pairs", "hsp_polyp", "hsp_prompts", "hsp_source"]
 # What decides how many steps a row has, and of what.
 STEPS = {"max_epochs", "batch_size", "classes_per_image", "learning_rate", "lr_scheduler", "seed", "pretrained"}
 SWITCHES = ("prompt_branches", "diffusion", "preset", "prompts", "prompt_source", "fusion", "lora_rank")
@@ -25,7 +25,7 @@ DELTAS = {"fixed weights": (3.582, 3.254)}
 
 def test_every_table_of_the_studies_is_there():
     expected = [f"table_{number}" for number in range(2, 9)]
-    assert [*OWN, *expected, "table_8_medsam"] == NAMES
+    assert ["choices", *OF_HSP_SAM, *expected, "table_8_medsam"] == NAMES
 
 
 @pytest.mark.parametrize("name", OF_A_PAPER)
@@ -69,7 +69,7 @@ def test_overlays_of_some_rows_give_them_no_other_budget(name):
         assert (STEPS - of_a_network) & set(read_overlays(find_overlays(row.overlays))) <= set(table.common), row.name
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OF_HSP_SAM)
 def test_no_figure_of_the_hsp_sam_paper_is_claimed(name):
     table = read_table(name, TABLES)
     assert table.data == ""
