@@ -69,6 +69,7 @@ class BoxPromptInferer(ClassPromptInferer):
                 "prompts of boxes have no noise to draw, and the runtime torch alone: leave samples and runtime out"
             )
         self.offset = offset
+        self.smallest_quality = 0.0  # a box says that something is there
         self._boxes = torch.empty(0)
 
     def __call__(  # type: ignore[override]

@@ -16,7 +16,7 @@ from scripts.data.embeddings import EmbeddingStore, slices_key
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.data.placing import ImagePrompts, PromptedObject
 from scripts.engines.acceleration import require_bfloat16
-from scripts.engines.answers import CaseAnswers, JudgedLogits, SampledLogits
+from scripts.engines.answers import ABSENT_LOGIT, CaseAnswers, JudgedLogits, SampledLogits
 from scripts.engines.batches import diffusion_noise
 from scripts.engines.runtimes import OnnxNetwork, choose_runtime
 from scripts.errors import ConfigError, PromptError
@@ -76,12 +76,15 @@ class ClassPromptInferer(Inferer):
         checkpoint: the network's weights file, beside which another runtime keeps its graphs.
         progress: whether to show a bar of the slices of a volume.
         quality: whether the answer tells what it says of its own quality.
+        smallest_quality: of a class in a slice, the least intersection over union that the mask decoder must expect of
+            its mask, 0 to 1; below, the class comes out absent there. For networks whose quality head was trained.
 
     Attributes:
         store: of the network's image encoder, to read embeddings from and to keep new ones in; None for none.
 
     Raises:
-        ConfigError: several samples without a seed, an unknown precision, or bfloat16 on another runtime.
+        ConfigError: several samples without a seed, an unknown precision, bfloat16 on another runtime, or a quality
+            outside 0 to 1.
     """
 
     def __init__(
@@ -97,8 +100,11 @@ class ClassPromptInferer(Inferer):
         checkpoint: str = "",
         progress: bool = False,
         quality: bool = False,
+        smallest_quality: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= smallest_quality <= 1:
+            raise ConfigError(f"smallest_quality is an intersection over union from 0 to 1, not {smallest_quality}")
         if samples < 1 or (samples > 1 and noise_seed is None):
             raise ConfigError(f"expected 1 sample, or more and a noise_seed to draw them from, got {samples} samples")
         if precision not in ("float32", "bfloat16"):
@@ -115,6 +121,7 @@ class ClassPromptInferer(Inferer):
         self.checkpoint = checkpoint
         self.progress = progress
         self.quality = quality
+        self.smallest_quality = smallest_quality
         self.store: EmbeddingStore | None = None
         self._chosen: tuple[AutoMedSAM, AutoMedSAM | OnnxNetwork] | None = None
 
@@ -256,8 +263,22 @@ class ClassPromptInferer(Inferer):
                 prompts = self._prompts(model, embedding, slices, (rows, columns), sample)
                 squares, quality = model.decode(embedding, prompts)  # (B, K, S, S), (B, K)
                 qualities.append(quality)
+                squares = self._without_doubtful(squares, quality, slices, columns)
                 draws.append(restore_from_square(squares.float(), size=model.image_size, original=slices.original))
             answers.put([slices.places[row] for row in rows], columns, draws, qualities)
+
+    def _without_doubtful(
+        self, squares: torch.Tensor, quality: torch.Tensor, slices: CaseSlices, columns: Sequence[int]
+    ) -> torch.Tensor:
+        """Let classes be absent whose masks `(B, K, S, S)` are expected to be worse than `smallest_quality`.
+
+        Objects stay: a box or a point says that something is there.
+        """
+        of_classes = [isinstance(slices.questions[column], int) for column in columns]
+        if self.smallest_quality <= 0 or not any(of_classes):
+            return squares
+        doubtful = (quality < self.smallest_quality) & torch.tensor(of_classes, device=quality.device)
+        return squares.masked_fill(doubtful[:, :, None, None], ABSENT_LOGIT)
 
     def _prompts(
         self,

@@ -27,8 +27,10 @@ class PromptFreeInferer(ClassPromptInferer):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        if self.samples > 1 or self.quality:
-            raise ConfigError("HSP-SAM draws no noise and does not judge its masks: leave samples and quality out")
+        if self.samples > 1 or self.quality or self.smallest_quality > 0:
+            raise ConfigError(
+                "HSP-SAM draws no noise and does not judge its masks: leave samples, quality and smallest_quality out"
+            )
         if self.runtime != "torch":
             raise ConfigError(f"HSP-SAM has the runtime torch alone, not {self.runtime}: leave runtime out")
 

@@ -10,7 +10,7 @@ from scripts.errors import CheckpointError
 from scripts.files import atomic_path
 
 ARCHITECTURES = ("automedsam", "hsp_sam", "unet")
-SETTINGS = ("network", "preprocessing", "trained")  # which become settings of a config
+SETTINGS = ("network", "preprocessing", "postprocessing", "trained")  # which become settings of a config
 OLDER = {"automedsam": {"class_code": "scalar"}}  # what a card means that was written before there was a setting
 CONFIG_SIGNS = ("$", "@", "%")  # by which a config knows what is to be evaluated or fetched
 
@@ -23,6 +23,7 @@ class ModelCard:
         network: arguments of `AutoMedSAM`, `HSPSAM` or `ClassUNet`, so that the weights fit.
         preprocessing: settings of the images' preparation, so that they look as in training: `window`, in HU.
         trained: modality -> names of the classes learned in it.
+        postprocessing: settings of what is made of the answers, chosen for these weights: `smallest_quality`.
         training: how the weights came about: data set, epochs, seed, validation score.
         architecture: which network, one of `ARCHITECTURES`; a card that does not say so is AutoMedSAM's.
     """
@@ -32,12 +33,14 @@ class ModelCard:
     trained: dict[str, list[str]]
     training: dict[str, Any] = field(default_factory=dict)
     architecture: str = "automedsam"
+    postprocessing: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of a config with which the network is built and its images prepared."""
         older = OLDER.get(self.architecture, {})
-        return {"architecture": self.architecture, **older, **self.network, **self.preprocessing}
+        own = {**older, **self.network, **self.preprocessing, **self.postprocessing}
+        return {"architecture": self.architecture, **own}
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -68,7 +71,10 @@ class ModelCard:
             raise CheckpointError(f"{path.name} cannot be read as a model card: {error}; copy it again") from error
         if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in parts):
             raise CheckpointError(f"{path.name} is no model card: it must hold the objects {', '.join(parts)}")
-        if any(_can_run(content[name]) for name in SETTINGS):
+        postprocessing = content.get("postprocessing", {})
+        if not isinstance(postprocessing, dict):
+            raise CheckpointError(f"{path.name} is no model card: its postprocessing must be an object")
+        if any(_can_run(content.get(name)) for name in SETTINGS):
             raise CheckpointError(
                 f"{path.name} holds an expression, which could run code, where a card has names and numbers: do not "
                 "use this model, or copy it again from where it was trained"
@@ -79,7 +85,8 @@ class ModelCard:
                 f"{path.name} is of the network {architecture!r}, and this version knows "
                 f"{' and '.join(ARCHITECTURES)}: use the version of the bundle that wrote it"
             )
-        return cls(**{name: content[name] for name in parts}, architecture=architecture)
+        own = {name: content[name] for name in parts}
+        return cls(**own, architecture=architecture, postprocessing=postprocessing)
 
     def write(self, path: Path, scores: Mapping[str, float] | None = None) -> None:
         """Write the card, with the scores that chose the weights."""

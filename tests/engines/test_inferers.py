@@ -3,6 +3,7 @@
 import hashlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -387,3 +388,44 @@ def test_bfloat16_is_close_and_leaves_the_default_alone(network, volume, monkeyp
     assert not torch.equal(mixed, exact)
     torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)
     assert torch.equal(ClassPromptInferer()(volume, network, class_ids=[1]), exact)
+
+
+# --- masks of which the network itself expects little
+
+
+def qualities_of(network, volume, class_ids):
+    judged = ClassPromptInferer(quality=True)(volume, network, class_ids=class_ids)
+    return judged.quality.iou  # (D, K)
+
+
+@pytest.mark.parametrize(("slices_at_once", "prompts_at_once"), [(1, 1), (5, 16)])
+def test_classes_of_too_little_quality_are_absent_and_the_rest_is_as_ever(
+    network, volume, slices_at_once, prompts_at_once
+):
+    ids = [1, 2, 4]
+    expected = qualities_of(network, volume, ids)
+    threshold = expected.median().item()
+    offset = 0.5 - threshold  # an untrained head says anything: its values are brought to the range of a threshold
+    last = network.mask_decoder.iou_prediction_head.layers[-1]
+    before = last.bias.clone()
+    last.bias.add_(offset)
+    try:
+        settings = {"slices_at_once": slices_at_once, "prompts_at_once": prompts_at_once}
+        whole = ClassPromptInferer(**settings)(volume, network, class_ids=ids)
+        found = ClassPromptInferer(**settings, smallest_quality=0.5)(volume, network, class_ids=ids)
+    finally:
+        last.bias.copy_(before)
+    kept = ((expected + offset) >= 0.5).T  # (K, D)
+    assert 0 < kept.sum() < kept.numel()
+    for k, place in np.ndindex(*kept.shape):
+        answer = found[0, k, :, :, place]
+        if kept[k, place]:
+            torch.testing.assert_close(answer, whole[0, k, :, :, place], **HALF)
+        else:
+            assert (answer == ABSENT_LOGIT).all()
+
+
+@pytest.mark.parametrize("quality", [-0.1, 1.5])
+def test_a_quality_is_a_share(quality):
+    with pytest.raises(ConfigError, match=r"an intersection over union from 0 to 1"):
+        ClassPromptInferer(smallest_quality=quality)

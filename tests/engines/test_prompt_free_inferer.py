@@ -114,6 +114,7 @@ def test_an_unknown_class_is_named(network, volume):
     ("settings", "reason"),
     [
         ({"samples": 2, "noise_seed": 0}, "draws no noise"),
+        ({"smallest_quality": 0.5}, "does not judge its masks"),
         ({"quality": True}, "does not judge its masks"),
         ({"runtime": "onnx"}, "runtime torch alone, not onnx"),
     ],

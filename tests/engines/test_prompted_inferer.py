@@ -179,3 +179,21 @@ def test_points_on_the_square_by_hand():
     corners = torch.tensor([[0.0, 0.0], [19.0, 9.0], [-0.5, -0.5], [19.5, 9.5]])
     expected = torch.tensor([[0.3, 0.3], [30.7, 14.7], [-0.5, -0.5], [31.5, 15.5]])
     torch.testing.assert_close(canvas_points(corners, original=(10, 20), size=32), expected)
+
+
+def test_objects_are_answered_whatever_their_quality(network, image):
+    """No network expects as much as 1 of its masks, an untrained one least."""
+    prompts = ImagePrompts((2,), (box_object(201, (1.0, 1.0, 9.0, 9.0), [0, 3]),))
+    whole = PromptedInferer()(image, network, prompts=prompts)
+    found = PromptedInferer(smallest_quality=1.0)(image, network, prompts=prompts)
+    torch.testing.assert_close(found[:, 1], whole[:, 1])
+    assert (whole[:, 0] > ABSENT_LOGIT).all()
+    assert (found[:, 0] == ABSENT_LOGIT).all()
+
+
+def test_true_boxes_are_answered_whatever_their_quality(network, image):
+    boxes = torch.tensor([1.0, 1.0, 9.0, 9.0]).expand(1, 1, 5, 4)
+    whole, found = (
+        BoxPromptInferer(smallest_quality=least)(image, network, class_ids=[1], boxes=boxes) for least in (0.0, 1.0)
+    )
+    torch.testing.assert_close(found, whole)

@@ -155,3 +155,17 @@ def test_an_older_card_means_what_was_then_the_only_way(phantom_model):
     card = ModelCard.beside(phantom_model)
     assert "class_code" not in card.network
     assert card.settings["class_code"] == "scalar"
+
+
+def test_what_was_chosen_for_the_answers_is_a_setting(tmp_path):
+    card = ModelCard(network={}, preprocessing={}, trained={}, postprocessing={"smallest_quality": 0.25})
+    card.write(tmp_path / "model.json")
+    assert ModelCard.beside(tmp_path / "model.pt").settings["smallest_quality"] == 0.25
+
+
+@pytest.mark.parametrize("content", [3, {"smallest_quality": "$import os"}])
+def test_what_is_no_postprocessing_is_refused(tmp_path, content):
+    card = {"network": {}, "preprocessing": {}, "trained": {}, "training": {}, "postprocessing": content}
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=r"postprocessing must be an object|holds an expression"):
+        ModelCard.beside(tmp_path / "model.pt")
