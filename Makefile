@@ -85,9 +85,9 @@ generalist: setup
 		$(BIN)/automedsam prepare shared --source $(DATA)/$$set --output $(GENERALIST)/data/$$set || exit 1; done
 	$(call STAGE,$(GENERALIST)/start),experiments/encoder_start.yaml --max_epochs 28 --val_interval 7 $(OPTIONS)
 	$(call STAGE,$(GENERALIST)/prompts),experiments/class_prompts.yaml --pretrained $(GENERALIST)/start/model.pt \
-		--max_epochs 6 $(OPTIONS)
+		--max_epochs 4 --val_interval 4 $(OPTIONS)
 	$(call STAGE,$(GENERALIST)/joint),experiments/joint_tuning.yaml --pretrained $(GENERALIST)/prompts/model.pt \
-		--max_epochs 16 $(OPTIONS)
+		--max_epochs 9 --val_interval 9 $(OPTIONS)
 
 # The figures of that model, compared with those in configs/metadata.json.
 evaluate-shipped: setup
