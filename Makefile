@@ -70,7 +70,8 @@ dist: setup
 	$(BIN)/automedsam publish --output dist
 
 # How the model that comes with the bundle was made, in three stages; docs/model.md. DATA is the folder of its data sets.
-# `OPTIONS="--max_epochs 1 --image_size 32"` makes all of it small; a stage that broke off goes on from its last.pt.
+# OPTIONS="--max_epochs 1 --val_interval 1 --image_size 32" makes all of it small; a stage that broke off goes on from its
+# last.pt.
 DATA ?= data
 GENERALIST ?= runs/generalist
 SETS := kvasir_seg ph2_dermoscopy covid_chest_xray acdc_cine_mr lits_liver_ct chaos_t2_mr

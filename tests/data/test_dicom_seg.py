@@ -449,9 +449,10 @@ def infer(*words):
     cli.main(["infer", *map(str, words), "--progress_bar", "false"])
 
 
-def test_the_command_line_writes_what_it_writes_as_nifti(tmp_path, study, capsys):
-    infer(study, "--output", tmp_path / "dicom", "--output_format", "dicom-seg", "--noise_seed", 0)
-    infer(study, "--output", tmp_path / "nifti", "--noise_seed", 0)
+def test_the_command_line_writes_what_it_writes_as_nifti(tmp_path, study, phantom_model, capsys):
+    words = [study, "--checkpoint", phantom_model, "--noise_seed", 0]
+    infer(*words, "--output", tmp_path / "dicom", "--output_format", "dicom-seg")
+    infer(*words, "--output", tmp_path / "nifti")
     assert sorted(path.name for path in (tmp_path / "dicom").iterdir()) == ["study_overlay.png", "study_seg.dcm"]
     volume = nibabel.load(tmp_path / "nifti" / "study_seg.nii.gz")
     labels = np.asarray(volume.dataobj)

@@ -253,7 +253,7 @@ def test_the_shipped_model_segments_the_same_pixels(bundle_root, tmp_path):
     assert export_model(weights, tmp_path, formats=["onnx", "pt2"]).failures == {}
     network = AutoMedSAM(**ModelCard.beside(weights).network).eval()
     load_network_weights(network, weights)
-    inputs = fresh_inputs(network, 2, 5)
+    inputs = fresh_inputs(network, 2, len(network.class_ids))
     inputs["class_ids"] = torch.tensor([network.class_ids] * 2)
     expected, _ = expected_of(network, inputs)
     for form, opened in OPENED.items():

@@ -438,6 +438,7 @@ def test_the_settings_are_these_and_plain():
         "channels": [8, 16, 32],
         "diffusion_steps": 7,
         "diffusion": True,
+        "class_code": "scalar",
         "prompt_branches": "both",
         "pixel_normalisation": "unit",
     }
