@@ -746,7 +746,10 @@ def _of_published(checkpoint: str) -> dict[str, Any]:
     path = Path(checkpoint).absolute()
     if path.with_suffix(".json").is_file() or not path.is_file():
         return _of_checkpoint(checkpoint, with_trained=True)
-    return {"checkpoint": str(path), "architecture": "automedsam", "trained": {}, "boxes_trained": True}
+    from scripts.networks.model_card import NOTHING_CHOSEN
+
+    published = {"checkpoint": str(path), "architecture": "automedsam", "trained": {}, "boxes_trained": True}
+    return published | NOTHING_CHOSEN
 
 
 def _of_datalist(datalist: str | Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from scripts.files import atomic_path
 ARCHITECTURES = ("automedsam", "hsp_sam", "unet")
 SETTINGS = ("network", "preprocessing", "postprocessing", "trained")  # which become settings of a config
 OLDER = {"automedsam": {"class_code": "scalar"}}  # what a card means that was written before there was a setting
+NOTHING_CHOSEN = {"smallest_quality": 0.0}  # what a card without postprocessing means, whatever a config's default is
 CONFIG_SIGNS = ("$", "@", "%")  # by which a config knows what is to be evaluated or fetched
 
 
@@ -39,7 +40,7 @@ class ModelCard:
     def settings(self) -> dict[str, Any]:
         """The settings of a config with which the network is built and its images prepared."""
         older = OLDER.get(self.architecture, {})
-        own = {**older, **self.network, **self.preprocessing, **self.postprocessing}
+        own = {**older, **self.network, **self.preprocessing, **NOTHING_CHOSEN, **self.postprocessing}
         return {"architecture": self.architecture, **own}
 
     @property

@@ -155,6 +155,7 @@ def test_an_older_card_means_what_was_then_the_only_way(phantom_model):
     card = ModelCard.beside(phantom_model)
     assert "class_code" not in card.network
     assert card.settings["class_code"] == "scalar"
+    assert card.settings["smallest_quality"] == 0.0
 
 
 def test_what_was_chosen_for_the_answers_is_a_setting(tmp_path):
