@@ -12,6 +12,7 @@ from monailabel.utils.others.generic import device_list, name_to_device
 
 from lib.models import Models
 from scripts.errors import ConfigError, InputError
+from scripts.losses.joint import LOSS_NAMES, OPTIONAL_LOSSES
 from scripts.workflow import NETWORK_OVERLAYS, run_configs
 
 FINE_TUNED = "finetuned.pt"  # beside the model that it began from, which stays as it is
@@ -55,12 +56,13 @@ class FineTuneTask(TrainTask):
         pairs = [{"image": case["image"], "label": case["label"]} for case in datastore.datalist()]
         learned, held_out = split(pairs, settings["val_split"])
         output = self.models.bundle / "runs" / "monailabel"
-        network = {name: value for name, value in model.card.network.items() if name != "train_image_encoder"}
+        own = {name: value for name, value in model.card.settings.items() if name != "train_image_encoder"}
+        if model.card.learned["quality_head"]:  # what it expects of its masks has to keep up with them
+            own["losses"] = [*LOSS_NAMES, *OPTIONAL_LOSSES]
         workflow = run_configs(
             ["train.json", *NETWORK_OVERLAYS[model.card.architecture]],
             {
-                **network,
-                **model.card.preprocessing,
+                **own,
                 "bundle_root": str(self.models.bundle),
                 "pretrained": str(model.weights),
                 "modality": _modality(model.card.trained, request),
