@@ -17,9 +17,11 @@ import torch
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
+from PIL import Image
 
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.checkpoints import read_state_dict
+from scripts.networks.model_card import ModelCard
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = BUNDLE_ROOT / "configs"
@@ -193,16 +195,34 @@ def test_evaluating_runs_from_any_folder(trained, tiny_phantoms, tmp_path):
     assert 'Protocol "all"' in done.stdout  # as logging.conf has it
 
 
-def test_inference_runs_from_any_folder_with_the_shipped_model(tiny_phantoms, tmp_path):
+def test_inference_runs_from_any_folder(phantom_bundle, tiny_phantoms, tmp_path):
     """Nothing but the image, its modality and the output folder has to be told."""
     image = tiny_phantoms.parent / "images" / "phantom_004.nii.gz"
-    settings = {"bundle_root": BUNDLE_ROOT, "dataset_dir": image, "modality": "CT", "output_dir": tmp_path / "out"}
-    monai_bundle("run", "--config_file", CONFIGS / "inference.json", *as_options(settings), cwd=tmp_path)
+    settings = {"bundle_root": phantom_bundle, "dataset_dir": image, "modality": "CT", "output_dir": tmp_path / "out"}
+    config = phantom_bundle / "configs" / "inference.json"
+    monai_bundle("run", "--config_file", config, *as_options(settings), cwd=tmp_path)
     labels, volume = nibabel.load(tmp_path / "out" / "phantom_004_seg.nii.gz"), nibabel.load(image)
     assert labels.shape == volume.shape
     assert np.allclose(labels.affine, volume.affine)
     assert 1 in np.unique(np.asarray(labels.dataobj))  # a liver of 30 pixels is found even at this size
     assert (tmp_path / "out" / "labels.json").is_file()
+
+
+def test_the_shipped_model_finds_a_dark_spot_on_skin(tmp_path):
+    """A drawing, so that this needs no data: an ellipse of 60 by 80 pixels in a picture of 200 by 260."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:200, :260]
+    spot = ((rows - 90) / 30) ** 2 + ((columns - 140) / 40) ** 2 < 1
+    colours = np.where(spot[..., None], (110, 70, 60), (215, 170, 150)) + rng.normal(0, 6, (200, 260, 3))
+    Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(tmp_path / "spot.png")
+    settings = {"bundle_root": BUNDLE_ROOT, "dataset_dir": tmp_path / "spot.png", "modality": "dermoscopy"}
+    settings["output_dir"] = tmp_path / "out"
+    monai_bundle("run", "--config_file", CONFIGS / "inference.json", *as_options(settings), cwd=tmp_path)
+    with Image.open(tmp_path / "out" / "spot_seg.png") as picture:
+        found = np.asarray(picture)
+    assert found.shape == spot.shape
+    assert set(np.unique(found)) == {0, 7}  # a skin lesion
+    assert 2 * (spot & (found == 7)).sum() / (spot.sum() + (found == 7).sum()) > 0.8
 
 
 def test_no_config_is_forgotten():
@@ -322,10 +342,11 @@ def test_network_is_built_without_a_weights_file(tmp_path, config):
 @pytest.mark.parametrize("config", ["train", "inference"])
 def test_default_network_is_that_of_the_shipped_model(bundle_root, config):
     network = merged(config)
-    card = json.loads((bundle_root / "models" / "model.json").read_text())
-    assert {name: network[name] for name in card["network"]} == card["network"]
-    if config == "inference":
-        assert network["trained"] == card["trained"]
+    card = ModelCard.beside(bundle_root / "models" / "model.pt")
+    expected = {**card.settings, **card.learned} if config == "inference" else {**card.network, **card.preprocessing}
+    if config == "train":  # any classes may be learned upon it; those of the phantoms are the default
+        del expected["class_ids"]
+    assert {name: network[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("config", ["train", "inference"])

@@ -20,6 +20,7 @@ DOCUMENTS = (
     "docs/configuration.md",
     "docs/data.md",
     "docs/prompts.md",
+    "docs/model.md",
     "docs/monai_label.md",
     "docs/deploy.md",
     "docs/evaluation.md",

@@ -144,7 +144,12 @@ def test_channels_are_the_classes_of_the_network(metadata, inference, vocabulary
 
 def test_trained_classes_are_the_channels(metadata, inference):
     named = list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values())[1:]
-    assert inference["trained"] == {metadata["network_data_format"]["inputs"]["image"]["modality"]: named}
+    assert {name for names in inference["trained"].values() for name in names} == set(named)
+
+
+def test_trained_modalities_are_those_of_the_image(metadata, inference, vocabulary):
+    listed = metadata["network_data_format"]["inputs"]["image"]["modality"].split(", ")
+    assert {vocabulary.modality(name).name for name in listed} == set(inference["trained"])
 
 
 def test_prose_names_every_class(metadata, inference):
@@ -212,11 +217,14 @@ def test_citation_names_what_the_bundle_builds_on(bundle_root):
     assert any(title.startswith("MONAI") for title in titles)
 
 
-def test_figures_are_those_that_the_demo_printed(bundle_root, metadata):
-    """The demo trains the shipped model, and README.md holds what it printed, rounded to four decimals."""
-    readme = (bundle_root / "README.md").read_text(encoding="utf-8")
-    area = re.search(r"<!-- demo figures -->(.*)<!-- end -->", readme, re.DOTALL)
-    printed = re.search(r"^mean +([\d.]+) +([\d.]+)", area.group(1), re.MULTILINE)
-    assert printed, "README.md does not hold the demo's table between its markers yet"
-    stated = [metadata["eval_metrics"][name] for name in ("mean_dice", "mean_nsd")]
-    assert stated == pytest.approx([float(value) for value in printed.groups()], abs=5e-4)
+def test_figures_are_those_of_the_models_page(bundle_root, metadata):
+    """docs/model.md holds the table that the command beside it printed, to three decimals."""
+    page = (bundle_root / "docs" / "model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ([\w ]+) \| \d+ \| \*\*([\d.]+)\*\* \([^)]*\) \| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(rows) == 13
+    stated = metadata["eval_metrics"]
+    for name, label, dsc, nsd in rows:
+        key = f"{name}_{label.replace(' ', '_')}"
+        assert (stated[f"{key}_dsc"], stated[f"{key}_nsd"]) == pytest.approx((float(dsc), float(nsd)), abs=5.1e-4)
+    (empty, asked) = re.search(r"(\d+) of (\d+) answers were empty", page).groups()
+    assert stated["impossible_classes_empty"] == pytest.approx(int(empty) / int(asked), abs=1e-4)

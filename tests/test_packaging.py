@@ -263,8 +263,8 @@ def test_inference_has_nothing_that_only_training_needs(bundles, bundle_root):
     assert "lr_scheduler" not in packaged
 
 
-def test_what_the_card_says_of_boxes_and_quality_becomes_a_setting(bundle_root):
-    card = ModelCard.beside(bundle_root / "models" / "model.pt")
+def test_what_the_card_says_of_boxes_and_quality_becomes_a_setting(phantom_model):
+    card = ModelCard.beside(phantom_model)
     learned = ModelCard(
         **{**vars(card), "training": {"boxes_trained": True, "quality_head_trained": True}, "trained": {}}
     )

@@ -277,7 +277,7 @@ def test_what_is_common_stands_whatever_overlays_say(tiny_phantoms, tmp_path):
 def test_what_is_common_and_shipped_alike_makes_no_other_run(tiny_phantoms, tmp_path):
     """So the AutoMedSAM of a table stays complete when a row of another network joins it."""
     row = StudyRow("AutoMedSAM")
-    common = {"image_encoder": "compact", "image_size": 96, "max_epochs": 100, **FROZEN}
+    common = {"image_encoder": "compact", "image_size": 128, "max_epochs": 100, **FROZEN}
     alone = planned(tiny_phantoms, tmp_path, row)
     joined = planned(tiny_phantoms, tmp_path, row, StudyRow("HSP-SAM", overlays=HSP_SAM), common=common)
     assert joined.training_fingerprint(row, 0) == alone.training_fingerprint(row, 0)

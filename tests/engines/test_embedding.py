@@ -15,6 +15,7 @@ from scripts.networks.checkpoints import save_state_dict
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NETWORK = {"image_encoder": "compact", "image_size": 32, "channels": [8, 8, 8], "class_ids": [1, 2, 3, 4, 5]}
+NETWORK["class_code"] = "scalar"
 
 
 @pytest.fixture(scope="module")

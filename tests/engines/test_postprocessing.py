@@ -192,7 +192,7 @@ def test_volumes_come_back_to_their_own_voxels(there_and_back, tmp_path, codes, 
 
 def test_overlapping_classes_stay_apart_in_the_probability_maps(there_and_back, tmp_path):
     write_volume(tmp_path / "scan.nii.gz", (5, 6, 4), "RAS")
-    before, after = there_and_back(probability_maps=True, classes="liver, pancreas")
+    before, after = there_and_back(probability_maps=True, classes="liver, pancreas", force=True)
     case = before({"case": "scan", "image": str(tmp_path / "scan.nii.gz"), "modality": "CT"})
     assert case["class_ids"] == [1, 3]
     after({**case, "pred": torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1).expand(2, 6, 5, 4)})

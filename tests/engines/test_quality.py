@@ -262,6 +262,7 @@ def test_the_configs_hand_the_quality_through(bundle_root, tiny_phantoms, weight
             checkpoint=str(weights),
             output_dir=str(tmp_path),
             image_size=32,
+            class_code="scalar",
             channels=[8, 16, 32],
             diffusion_steps=1,
             noise_seed=0,
@@ -281,10 +282,12 @@ def test_the_configs_hand_the_quality_through(bundle_root, tiny_phantoms, weight
     run("train.json", "evaluate.json", samples=1, quality=False, error_pictures=False, **data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "pictures", "run.json", "summary.json"]
     assert list((tmp_path / "pictures").iterdir()) == []
-    run("inference.json", dataset_dir=str(tiny_phantoms.parent / "images"), modality="CT", quality=True, samples=2)
+    organs = ["liver", "spleen", "pancreas", "left kidney", "right kidney"]
+    asked = {"modality": "CT", "trained": {"CT": organs}}
+    run("inference.json", dataset_dir=str(tiny_phantoms.parent / "images"), quality=True, samples=2, **asked)
     (first, *_) = sorted(tmp_path.glob("*_quality.json"))
     found = json.loads(first.read_text())["classes"]
-    assert list(found) == ["liver", "spleen", "pancreas", "left kidney", "right kidney"]
+    assert list(found) == organs
     assert any(entry["predicted_by_samples"] is not None for entry in found.values())
 
 

@@ -158,6 +158,7 @@ def settings(tiny_phantoms):
         "datalist": str(tiny_phantoms),
         "dataset_dir": str(tiny_phantoms.parent),
         "image_size": 32,
+        "class_code": "scalar",
         "channels": [8, 16, 32],
         "diffusion_steps": 1,
         "batch_size": 8,

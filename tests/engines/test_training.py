@@ -39,6 +39,7 @@ def prepare(bundle_root, tiny_phantoms, pretrained):
             "output_dir": str(output_dir),
             "pretrained": str(pretrained),
             "image_size": 32,
+            "class_code": "scalar",
             "channels": [8, 16, 32],
             "diffusion_steps": 1,
             "max_epochs": EPOCHS,

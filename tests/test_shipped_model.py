@@ -1,0 +1,104 @@
+"""The figures of the model that comes with the bundle: what they are made of, and that they are what is stated."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monai.utils import set_determinism
+from PIL import Image
+
+from scripts import cli
+from scripts.networks.model_card import ModelCard
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """The modules of the benchmarks import each other by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_figures_are_named_by_data_set_and_class():
+    from shipped_model import figures_of
+
+    liver = {"dsc": 0.91234, "nsd": 0.8, "absent_slices": 0, "false_positive_rate": None}
+    ventricle = {"dsc": 0.7, "nsd": 0.65, "absent_slices": 8, "false_positive_rate": 0.125}
+    found = figures_of({"ct": {"classes": {"liver": liver}}, "mr": {"classes": {"left ventricle": ventricle}}})
+    assert found == {
+        "ct_liver_dsc": 0.9123,
+        "ct_liver_nsd": 0.8,
+        "mr_left_ventricle_dsc": 0.7,
+        "mr_left_ventricle_nsd": 0.65,
+        "mr_left_ventricle_false_positive_slices": 0.125,
+    }
+
+
+def test_figures_are_the_same_to_the_third_decimal():
+    from shipped_model import differences
+
+    stated = {"a": 0.9, "b": 0.5, "c": 0.1}
+    assert list(differences({"a": 0.9004, "b": 0.5, "c": 0.1}, stated)) == []
+    (only,) = differences({"a": 0.901, "b": 0.5, "c": 0.1}, stated)
+    assert only.startswith("a: 0.901 here, 0.9 in")
+    assert len(list(differences({"a": 0.9, "d": 0.5}, stated))) == 3
+
+
+@pytest.mark.parametrize(("mirrored", "turns"), [(False, 0), (False, 1), (True, 0), (True, 3)])
+def test_pictures_and_masks_are_turned_alike(tmp_path, mirrored, turns):
+    from shipped_model import _write_turned
+
+    values = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    mask = np.array([[0, 0, 255], [255, 0, 0]], dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    case = {"case": "a", "image": "image.png", "label": {"liver": "mask.png"}, "modality": "CT"}
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text(json.dumps({"name": "set", "test": [case]}))
+    written = _write_turned(datalist, tmp_path / "turned", mirrored=mirrored, turns=turns)
+    (turned,) = json.loads(written.read_text())["test"]
+    assert {**turned, "image": "", "label": ""} == {**case, "image": "", "label": ""}
+    for before, path in ((values, turned["image"]), (mask, turned["label"]["liver"])):
+        expected = before[:, ::-1] if mirrored else before
+        for _ in range(turns):  # a quarter turn anticlockwise: the last column becomes the first row
+            expected = np.stack([expected[:, column] for column in range(expected.shape[1] - 1, -1, -1)])
+        with Image.open(written.parent / path) as picture:
+            assert np.array_equal(np.asarray(picture), expected)
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_metadata_are_reproduced(bundle_root, shared, tmp_path):
+    """All of them, by the command of the documents."""
+    command = [sys.executable, "benchmarks/shipped_model.py", str(shared / "data"), "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=bundle_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_the_recipe_leads_from_nothing_to_a_model_of_classes_and_boxes(shared, tmp_path):
+    """`make generalist` in small: the three stages on two of the data sets, each from what the one before has left."""
+    lists = []
+    for name in ("ph2_dermoscopy", "covid_chest_xray"):
+        cli.prepare("shared", source=str(shared / "data" / name), output=str(tmp_path / name), progress_bar=False)
+        lists.append(str(tmp_path / name / "datalist.json"))
+    small = {"image_size": 32, "channels": [8, 16, 32], "batch_size": 16, "max_epochs": 1, "val_interval": 1}
+    start = {}
+    for stage in ("encoder_start", "class_prompts", "joint_tuning"):
+        overlays = [f"experiments/{name}.yaml" for name in ("from_scratch", "generalist", stage)]
+        cli.train(lists, output=str(tmp_path / stage), config=overlays, **small, **start, progress_bar=False)
+        start = {"pretrained": str(tmp_path / stage / "model.pt")}
+    set_determinism(seed=None)
+    first, last = (ModelCard.beside(tmp_path / stage / "model.pt") for stage in ("encoder_start", "joint_tuning"))
+    assert (first.trained, first.learned["boxes_trained"]) == ({}, True)
+    assert set(last.trained) == {"dermoscopy", "xray"}
+    assert last.learned["boxes_trained"]
+    assert last.learned["quality_head"]
+    assert last.network["class_code"] == "learned"
+    picture = next((shared / "data" / "ph2_dermoscopy" / "images").iterdir())
+    words = {"checkpoint": start["pretrained"], "modality": "dermoscopy", "output": str(tmp_path / "out")}
+    cli.infer(str(picture), **words, progress_bar=False)
+    cli.infer(str(picture), **words, boxes=[[10, 10, 60, 60]], progress_bar=False)
+    assert (tmp_path / "out" / f"{picture.stem}_seg.png").is_file()
