@@ -48,17 +48,13 @@ def score(datalists: Sequence[Path], output: Path, *, checkpoint: str | None) ->
     for path in datalists:
         place = output / path.parent.name
         cli.evaluate(str(path), checkpoint=checkpoint, section=SECTION, output=str(place), progress_bar=False)
-        (summaries[path.parent.name],) = json.loads((place / "summary.json").read_text(encoding="utf-8"))[
-            "units"
-        ].values()
+        content = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+        (summaries[path.parent.name],) = content["units"].values()
     return summaries
 
 
 def ceilings(datalist: Path, *, checkpoint: str | None) -> dict[str, tuple[float, float]]:
-    """Give DSC and NSD of the truth itself, brought to the mask decoder's grid and back: no mask of it can be better.
-
-    Not quite: an average on the grid is meant, and a network might know of the truth what its average does not say.
-    """
+    """Give each class's DSC and NSD of the truth itself, averaged on the mask decoder's grid and brought back."""
     parser, network = _evaluation_of(datalist, checkpoint)
     scores = parser.get_parsed_content("validate#scores")
     for case in parser.get_parsed_content("validate#dataset"):
@@ -140,13 +136,13 @@ def impossible(datalists: Sequence[Path], *, checkpoint: str | None) -> tuple[in
     for datalist in datalists:
         parser, network = _evaluation_of(datalist, checkpoint)
         inferer, vocabulary = parser.get_parsed_content("inferer_def"), parser.get_parsed_content("vocabulary")
+        as_masks = parser.get_parsed_content("validate#postprocessing")
         for case in parser.get_parsed_content("validate#dataset"):
             where = {"modality": case["modality"], "regions": case.get("regions")}
             ids = [class_id for class_id in network.class_ids if not vocabulary.can_occur(class_id, **where)]
             with torch.inference_mode():
                 logits = inferer(torch.as_tensor(case["image"])[None], network, class_ids=ids, case=case["case"])
-            smallest = parser.get_parsed_content("validate#postprocessing")
-            masks = smallest({"pred": logits[0]})["pred"]
+            masks = as_masks({"pred": logits[0]})["pred"]
             found = masks.bool().flatten(1).any(dim=1)
             empty += int((~found).sum())
             asked += len(ids)

@@ -67,8 +67,8 @@ def require_bfloat16(device: torch.device) -> None:
 class Bfloat16Inferer(Inferer):
     """Run a network in training with matrix products and convolutions in bfloat16; weights and loss stay float32.
 
-    MONAI's `amp` is made for CUDA. This works on a CPU too, where AMX halves the time of a step and more. bfloat16
-    has the range of float32, so that nothing needs to be scaled.
+    MONAI's `amp` is made for CUDA. This works on a CPU too, for those with AMX or avx512_bf16. bfloat16 has the
+    range of float32, so that nothing needs to be scaled.
 
     Args:
         inferer: runs the network.
@@ -91,7 +91,7 @@ class Bfloat16Inferer(Inferer):
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             if self.device.type != "cpu":
                 return self.inferer(inputs, network, *args, **kwargs)
-            with sdpa_kernel(SDPBackend.MATH):  # of bfloat16 the fused attention's backward pass takes twice as long
+            with sdpa_kernel(SDPBackend.MATH):  # of bfloat16 the fused attention's backward pass is the slower one
                 return self.inferer(inputs, network, *args, **kwargs)
 
 

@@ -54,7 +54,8 @@ class BoxPromptInferer(ClassPromptInferer):
     Args:
         offset: how far each side of a box is moved outwards, in pixels of the network's square input; `whole` takes
             the whole image for the box.
-        settings: of `ClassPromptInferer`. The prompts have no noise, so that `noise_seed` changes nothing.
+        settings: of `ClassPromptInferer`. The prompts have no noise, so that `noise_seed` changes nothing, and a box
+            says that something is there, so that `smallest_quality` does not count.
 
     Raises:
         ConfigError: an offset below 0, several samples, which would all be the same, or a runtime other than torch.
@@ -69,7 +70,7 @@ class BoxPromptInferer(ClassPromptInferer):
                 "prompts of boxes have no noise to draw, and the runtime torch alone: leave samples and runtime out"
             )
         self.offset = offset
-        self.smallest_quality = 0.0  # a box says that something is there
+        self.smallest_quality = 0.0
         self._boxes = torch.empty(0)
 
     def __call__(  # type: ignore[override]

@@ -225,6 +225,8 @@ def _chosen_formats(formats: Sequence[str]) -> list[str]:
 
 def _read_network(card: ModelCard, path: Path) -> AutoMedSAM | HSPSAM:
     """Build the network of a card with the weights of a file, ready to predict; LoRA's updates are merged."""
+    if card.architecture == "unet":
+        raise ConfigError(f"{path} is a U-Net for comparison, which is not exported: give an AutoMedSAM or HSP-SAM")
     if card.architecture == "automedsam":
         network: AutoMedSAM | HSPSAM = AutoMedSAM(**card.network)
     else:

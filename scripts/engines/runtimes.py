@@ -55,6 +55,8 @@ def choose_runtime(
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"the runtime is one of {', '.join(RUNTIMES)}, not {runtime!r}")
+    if runtime != "torch" and not isinstance(network, AutoMedSAM):
+        raise ConfigError(f"{type(network).__name__} has the runtime torch alone, not {runtime}: leave runtime out")
     return network if runtime == "torch" else OnnxNetwork(network, checkpoint=checkpoint)
 
 

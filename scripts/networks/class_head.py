@@ -29,7 +29,7 @@ class ClassHead(nn.Module):
         self.image_size = image_size
         self.classes = len(known)
         self.project = nn.Conv2d(PROMPT_CHANNELS, self.classes * UPSCALING**2, 1)
-        places = torch.zeros(known[-1] + 1, dtype=torch.long)
+        places = torch.full((known[-1] + 1,), self.classes)  # of an unknown class: beyond the last, an IndexError
         places[known] = torch.arange(self.classes)
         self.register_buffer("places", places, persistent=False)
 

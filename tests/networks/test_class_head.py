@@ -46,6 +46,7 @@ def test_batched_equals_one_by_one(head, generator):
         torch.testing.assert_close(together[place : place + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_an_unknown_class_is_an_error(head, generator):
+@pytest.mark.parametrize("class_id", [3, 10])
+def test_an_unknown_class_is_an_error(head, generator, class_id):
     with pytest.raises(IndexError):
-        head(torch.randn((1, 256, 3, 3), generator=generator), torch.tensor([[10]]))
+        head(torch.randn((1, 256, 3, 3), generator=generator), torch.tensor([[class_id]]))

@@ -4,9 +4,11 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet
 
+from scripts.engines.exporting import export_model
 from scripts.engines.inferers import ClassPromptInferer
 from scripts.errors import ConfigError
 from scripts.networks.checkpoints import load_weights, save_state_dict
+from scripts.networks.model_card import ModelCard
 from scripts.networks.prompts import MaskPrediction
 from scripts.networks.unet import ClassUNet
 
@@ -95,3 +97,16 @@ def test_settings_that_make_no_network_are_refused(settings, reason):
 def test_a_class_without_a_channel_is_refused(images):
     with pytest.raises(ConfigError, match=r"segments the classes \[2, 4, 7\], not \[\[2\], \[3\]\]"):
         small()(images, torch.tensor([[2], [3]]))
+
+
+def test_what_is_made_for_automedsam_alone_is_refused(images, tmp_path):
+    """Exports and ONNX Runtime: in words, not by what the network happens to lack."""
+    network = small()
+    save_state_dict(network.state_dict(), tmp_path / "model.pt")
+    card = ModelCard(network=network.settings, preprocessing={}, trained={}, architecture="unet")
+    card.write(tmp_path / "model.json")
+    with pytest.raises(ConfigError, match="is a U-Net for comparison, which is not exported"):
+        export_model(tmp_path / "model.pt", tmp_path / "out", formats=["safetensors"])
+    inferer = ClassPromptInferer(runtime="onnx", checkpoint=str(tmp_path / "model.pt"))
+    with pytest.raises(ConfigError, match="ClassUNet has the runtime torch alone, not onnx"):
+        inferer(images[:1, :1, ..., None], network)
