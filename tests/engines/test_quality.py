@@ -283,7 +283,7 @@ def test_the_configs_hand_the_quality_through(bundle_root, tiny_phantoms, weight
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "pictures", "run.json", "summary.json"]
     assert list((tmp_path / "pictures").iterdir()) == []
     organs = ["liver", "spleen", "pancreas", "left kidney", "right kidney"]
-    asked = {"modality": "CT", "trained": {"CT": organs}}
+    asked = {"modality": "CT", "trained": {"CT": organs}, "smallest_quality": 0.0}  # a head that nobody trained
     run("inference.json", dataset_dir=str(tiny_phantoms.parent / "images"), quality=True, samples=2, **asked)
     (first, *_) = sorted(tmp_path.glob("*_quality.json"))
     found = json.loads(first.read_text())["classes"]
