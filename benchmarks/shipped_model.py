@@ -16,30 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.bundle import ConfigWorkflow
 from PIL import Image
+from real_sets import METADATA, SECTION, evaluation_of, prepare_sets
 
 from scripts import cli
 from scripts.data.fitting import fitted_shape, restore_from_square
 from scripts.files import atomic_path
-from scripts.networks.checkpoints import load_weights
 from scripts.networks.mask_decoding import UPSCALING
-from scripts.networks.model_card import ModelCard
-from scripts.workflow import BUNDLE_ROOT, CONFIGS
 
-SETS = ("kvasir_seg", "ph2_dermoscopy", "covid_chest_xray", "acdc_cine_mr", "lits_liver_ct", "chaos_t2_mr")
 TURNED_SET = "lits_liver_ct"  # comes turned and mirrored
-SECTION = "test"
 DECIMALS = 4
 AGREEMENT = 5e-4  # what is the same to the third decimal
-METADATA = CONFIGS / "metadata.json"
-
-
-def prepare_sets(data: Path, folder: Path) -> list[Path]:
-    """Write the datalist of each data set."""
-    for name in SETS:
-        cli.prepare("shared", source=str(data / name), output=str(folder / name), progress_bar=False)
-    return [folder / name / "datalist.json" for name in SETS]
 
 
 def score(datalists: Sequence[Path], output: Path, *, checkpoint: str | None) -> dict[str, Any]:
@@ -55,7 +42,7 @@ def score(datalists: Sequence[Path], output: Path, *, checkpoint: str | None) ->
 
 def ceilings(datalist: Path, *, checkpoint: str | None) -> dict[str, tuple[float, float]]:
     """Give each class's DSC and NSD of the truth itself, averaged on the mask decoder's grid and brought back."""
-    parser, network = _evaluation_of(datalist, checkpoint)
+    parser, network = evaluation_of(datalist, checkpoint)
     scores = parser.get_parsed_content("validate#scores")
     for case in parser.get_parsed_content("validate#dataset"):
         masks = torch.as_tensor(case["label"]).permute(3, 0, 1, 2).float()  # (K, H, W, D) -> (D, K, H, W)
@@ -134,7 +121,7 @@ def impossible(datalists: Sequence[Path], *, checkpoint: str | None) -> tuple[in
     """Ask every test image for the classes that it cannot show: how many answers are empty, and of how many."""
     empty = asked = 0
     for datalist in datalists:
-        parser, network = _evaluation_of(datalist, checkpoint)
+        parser, network = evaluation_of(datalist, checkpoint)
         inferer, vocabulary = parser.get_parsed_content("inferer_def"), parser.get_parsed_content("vocabulary")
         as_masks = parser.get_parsed_content("validate#postprocessing")
         for case in parser.get_parsed_content("validate#dataset"):
@@ -147,28 +134,6 @@ def impossible(datalists: Sequence[Path], *, checkpoint: str | None) -> tuple[in
             empty += int((~found).sum())
             asked += len(ids)
     return empty, asked
-
-
-def _evaluation_of(datalist: Path, checkpoint: str | None) -> tuple[Any, Any]:
-    """Build the evaluation of a model on one datalist, without running it, and the network."""
-    weights = Path(checkpoint) if checkpoint else BUNDLE_ROOT / "models" / "model.pt"
-    files = [str(CONFIGS / name) for name in ("train.json", "evaluate.json")]
-    settings = {"datalist": str(datalist), "dataset_dir": str(datalist.parent), "validation_section": SECTION}
-    workflow = ConfigWorkflow(
-        config_file=files,
-        meta_file=str(METADATA),
-        logging_file=False,
-        workflow_type="train",
-        bundle_root=str(BUNDLE_ROOT),
-        checkpoint=str(weights),
-        progress_bar=False,
-        **settings,
-        **ModelCard.beside(weights).settings,
-    )
-    workflow.initialize()
-    network = workflow.parser.get_parsed_content("network_def").eval()
-    load_weights(network, weights)
-    return workflow.parser, network
 
 
 def differences(found: Mapping[str, float], stated: Mapping[str, float]) -> Iterator[str]:
