@@ -35,7 +35,7 @@ RELATIVE = 1e-4  # of a loss or a score
 ABSOLUTE = 1e-5  # of a weight, where one step may move it by 5e-4
 SECONDS_AT_MOST = 300
 # Far above AdamW's usual 1e-8, which hides how long a gradient is and turns rounding into whole steps.
-NETWORK = {"image_size": 32, "channels": [8, 8, 8], "diffusion_steps": 10}
+NETWORK = {"image_size": 32, "channels": [8, 8, 8], "diffusion_steps": 10, "class_code": "scalar"}
 TRAINING = {"max_epochs": 2, "absent_share": 0.5, "gradient_clipping": 1.0, "optimizer#eps": 0.01, **NETWORK}
 
 
