@@ -342,7 +342,12 @@ def choose_classes(
 
 
 def _classes_of_modality(modality: str | None, known: Mapping[str, list[int]]) -> list[int]:
-    choices = ", ".join(known) or "none"
+    if not known:
+        raise PromptError(
+            "This model knows no class by its name. Ask by boxes or points (--boxes, --points), if it has learned "
+            "them, or name classes with --classes and add --force."
+        )
+    choices = ", ".join(known)
     if modality is None:
         raise PromptError(
             f"The image's modality is unknown and no class was asked for: give --modality, one of {choices}."

@@ -579,9 +579,14 @@ def test_class_trained_nowhere_is_refused(vocabulary):
         choose_classes(vocabulary, prompts=["polyp"], modality=None, trained={"CT": ["liver"]})
 
 
+@pytest.mark.parametrize("modality", [None, "MR"])
+@pytest.mark.parametrize("trained", [{}, {"MR": []}])
+def test_model_of_boxes_alone_says_so(vocabulary, modality, trained):
+    with pytest.raises(PromptError, match=r"knows no class by its name\. Ask by boxes or points"):
+        choose_classes(vocabulary, prompts=None, modality=modality, trained=trained)
+
+
 def test_model_that_knows_nothing(vocabulary):
-    with pytest.raises(PromptError, match=r"give --modality, one of none\."):
-        choose_classes(vocabulary, prompts=None, modality=None, trained={})
     with pytest.raises(PromptError, match="It knows no class"):
         choose_classes(vocabulary, prompts=["polyp"], modality=None, trained={})
 
