@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from monai.utils import set_determinism
 from PIL import Image
 
@@ -69,6 +70,62 @@ def test_pictures_and_masks_are_turned_alike(tmp_path, mirrored, turns):
             assert np.array_equal(np.asarray(picture), expected)
 
 
+def test_offsets_are_of_a_square_of_256_pixels():
+    from box_offsets import BY_NAME, settings_of
+
+    assert settings_of(15)["inferer_def#offset"] == "$15 * @network_def.image_size / 256"
+    assert settings_of("whole")["inferer_def#offset"] == "whole"
+    assert settings_of(BY_NAME) == {}
+
+
+def test_a_table_of_offsets_has_a_row_for_each_class():
+    from box_offsets import BY_NAME, OFFSETS, table_of
+
+    scores = {str(offset): (0.9 - 0.1 * place, 0.5) for place, offset in enumerate((BY_NAME, *OFFSETS))}
+    found = {"a": {"liver": scores, "spleen": scores}}
+    head, _, liver, spleen = table_of(found, named=True).splitlines()
+    assert head.startswith("| data set | class | by its name | box, 0 | box, 5 |")
+    assert liver == "| a | liver | 0.900 | 0.800 | 0.700 | 0.600 | 0.500 | 0.400 | 0.300 |"
+    assert spleen.startswith("| a | spleen |")
+    assert "by its name" not in table_of(found, named=False)
+
+
+def test_the_outline_of_a_mask_is_its_own_edge():
+    from box_offsets import _outline
+
+    mask = np.zeros((5, 6), dtype=bool)
+    mask[0:3, 1:5] = True  # at the border of the picture, too
+    edge = mask.copy()
+    edge[1, 2:4] = False
+    assert np.array_equal(_outline(mask), edge)
+
+
+def test_a_file_of_sam_parts_is_completed_to_be_asked_by_boxes(bundle_root, tmp_path):
+    from box_offsets import as_whole
+
+    started = bundle_root / "models" / "encoder_start.pt"
+    whole, named = as_whole(started, tmp_path / "whole")
+    assert not named
+    parts, state = (torch.load(path, weights_only=True) for path in (started, whole))
+    assert set(parts) < set(state)
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in parts.items())
+    assert as_whole(bundle_root / "models" / "model.pt", tmp_path) == (bundle_root / "models" / "model.pt", True)
+
+
+@pytest.mark.slow
+def test_boxes_that_are_too_large_are_scored_and_shown(bundle_root, shared, tmp_path):
+    words = ["--sets", "covid_chest_xray", "--section", "validation", "--output", str(tmp_path)]
+    command = [sys.executable, "benchmarks/box_offsets.py", str(shared / "data"), *words]
+    done = subprocess.run(command, cwd=bundle_root, capture_output=True, text=True, check=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| covid_chest_xray")]
+    assert [row[1] for row in rows] == ["right lung", "left lung", "cardiomediastinum"]
+    true, whole = (np.mean([float(row[column].strip(" |")) for row in rows]) for column in (3, -1))
+    assert true > whole + 0.05  # a true box tells more than that of the whole image
+    with Image.open(tmp_path / "covid_chest_xray__boxes.png") as picture:
+        assert picture.height == 256
+        assert picture.width > 4 * 256
+
+
 @pytest.mark.slow
 def test_the_figures_of_the_metadata_are_reproduced(bundle_root, shared, tmp_path):
     """All of them, by the command of the documents."""
@@ -79,19 +136,21 @@ def test_the_figures_of_the_metadata_are_reproduced(bundle_root, shared, tmp_pat
 
 @pytest.mark.slow
 def test_the_recipe_leads_from_nothing_to_a_model_of_classes_and_boxes(shared, tmp_path):
-    """`make generalist` in small: the three stages on two of the data sets, each from what the one before has left."""
+    """`make generalist` in small: the four stages on two of the data sets, each from what the one before has left."""
     lists = []
     for name in ("ph2_dermoscopy", "covid_chest_xray"):
         cli.prepare("shared", source=str(shared / "data" / name), output=str(tmp_path / name), progress_bar=False)
         lists.append(str(tmp_path / name / "datalist.json"))
     small = {"image_size": 32, "channels": [8, 16, 32], "batch_size": 16, "max_epochs": 1, "val_interval": 1}
     start = {}
-    for stage in ("encoder_start", "class_prompts", "joint_tuning"):
-        overlays = [f"experiments/{name}.yaml" for name in ("from_scratch", "generalist", stage)]
+    stages = {name: [name] for name in ("encoder_start", "class_prompts", "joint_tuning")}
+    stages["mask_tuning"] = ["joint_tuning", "mask_tuning"]
+    for stage, names in stages.items():
+        overlays = [f"experiments/{name}.yaml" for name in ("from_scratch", "generalist", *names)]
         cli.train(lists, output=str(tmp_path / stage), config=overlays, **small, **start, progress_bar=False)
         start = {"pretrained": str(tmp_path / stage / "model.pt")}
     set_determinism(seed=None)
-    first, last = (ModelCard.beside(tmp_path / stage / "model.pt") for stage in ("encoder_start", "joint_tuning"))
+    first, last = (ModelCard.beside(tmp_path / stage / "model.pt") for stage in ("encoder_start", "mask_tuning"))
     assert (first.trained, first.learned["boxes_trained"]) == ({}, True)
     assert set(last.trained) == {"dermoscopy", "xray"}
     assert last.learned["boxes_trained"]
