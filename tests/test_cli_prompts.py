@@ -231,7 +231,7 @@ class TestPublishedWeights:
         for asked in ([], ["--classes", "liver"]):
             code, error = run("infer", volume, *words, *asked, "--output", tmp_path / "out")
             assert code == 1
-            assert "This model was not trained" in error
+            assert "This model knows no class by its name" in error
 
     def test_without_the_overlay_its_card_is_missed(self, tmp_path, run, published, volume):
         code, error = run("infer", volume, "--modality", "CT", "--checkpoint", published, "--output", tmp_path / "out")
