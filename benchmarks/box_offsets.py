@@ -48,27 +48,27 @@ def settings_of(offset: float | str) -> dict[str, Any]:
     }
 
 
-def score(datalist: Path, output: Path, *, checkpoint: Path, section: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """Score one data set by name and with each offset: class -> offset -> DSC and NSD."""
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+def score(datalist: Path, output: Path, *, checkpoint: Path, section: str) -> dict[str, dict[str, float]]:
+    """Score one data set by name and with each offset: class -> offset -> DSC."""
+    found: dict[str, dict[str, float]] = {}
     for offset in (BY_NAME, *OFFSETS):
         place = output / str(offset).replace(" ", "_")
         settings = {**settings_of(offset), "presence": "oracle", "error_pictures": False, "progress_bar": False}
         cli.evaluate(str(datalist), checkpoint=str(checkpoint), section=section, output=str(place), **settings)
         (summary,) = json.loads((place / "summary.json").read_text(encoding="utf-8"))["units"].values()
         for label, scores in summary["classes"].items():
-            found.setdefault(label, {})[str(offset)] = (scores["dsc"], scores["nsd"])
+            found.setdefault(label, {})[str(offset)] = scores["dsc"]
     return found
 
 
-def table_of(found: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], *, named: bool) -> str:
+def table_of(found: Mapping[str, Mapping[str, Mapping[str, float]]], *, named: bool) -> str:
     """Lay the DSC out, a row for each class of each data set."""
     columns = [*([BY_NAME] if named else []), *map(str, OFFSETS)]
     heads = [column if column == BY_NAME else f"box, {column}" for column in columns]
     lines = ["| " + " | ".join(["data set", "class", *heads]) + " |", "|" + "---|" * (len(columns) + 2)]
     for name, classes in found.items():
         for label, scores in classes.items():
-            figures = [f"{scores[column][0]:.3f}" for column in columns]
+            figures = [f"{scores[column]:.3f}" for column in columns]
             lines.append("| " + " | ".join([name, label, *figures]) + " |")
     return "\n".join(lines)
 

@@ -81,7 +81,7 @@ def test_offsets_are_of_a_square_of_256_pixels():
 def test_a_table_of_offsets_has_a_row_for_each_class():
     from box_offsets import BY_NAME, OFFSETS, table_of
 
-    scores = {str(offset): (0.9 - 0.1 * place, 0.5) for place, offset in enumerate((BY_NAME, *OFFSETS))}
+    scores = {str(offset): 0.9 - 0.1 * place for place, offset in enumerate((BY_NAME, *OFFSETS))}
     found = {"a": {"liver": scores, "spleen": scores}}
     head, _, liver, spleen = table_of(found, named=True).splitlines()
     assert head.startswith("| data set | class | by its name | box, 0 | box, 5 |")
