@@ -86,6 +86,7 @@ def training(request: Request, *, encoder: str, stored: bool, size: int | None =
         write_phantoms(datalist.parent, training=volumes, validation=1, test=1, size=PHANTOM_SIZE, slices=slices)
         write_model(weights, image_encoder=encoder, image_size=size, class_ids=LEARNED_CLASSES)
     settings: dict[str, Any] = {"image_encoder": encoder, "image_size": size, "class_ids": LEARNED_CLASSES}
+    settings |= {"class_code": "scalar"}  # as the weights have it, and the paper
     settings |= {"datalist": str(datalist), "dataset_dir": str(datalist.parent), "pretrained": str(weights)}
     settings |= {"augment": False, "device": f"$torch.device('{device}')"}
     if stored:
