@@ -19,6 +19,8 @@ from scripts.errors import InputError
 Values = npt.NDArray[np.float64]
 RESAMPLES = 5000
 LEVEL = 0.95
+# Below it two runs cannot be told apart at 5 %: even where all n patients agree, chance does the same in 2 / 2^n.
+FEWEST_PATIENTS = 6
 _AT_ONCE = 500  # resamples whose counts are held at a time
 
 
@@ -56,7 +58,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Say `better`, `worse` or `not distinguishable`, of the second, by whether the interval excludes zero."""
+        """Say of the second run `better` or `worse` where the interval excludes zero, else `not distinguishable`.
+
+        Of fewer than `FEWEST_PATIENTS` it is `too few patients`, whatever the interval.
+        """
+        if self.difference.patients < FEWEST_PATIENTS:
+            return "too few patients"
         if self.difference.low > 0:
             return "better"
         return "worse" if self.difference.high < 0 else "not distinguishable"

@@ -184,7 +184,7 @@ class RunComparison:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """Of each comparison whether the second run is `better`, `worse` or `not distinguishable`."""
+        """Of each comparison what it says of the second run, see `Comparison.verdict`; fewer swaps are better."""
         verdicts = (found.verdict for found in self.comparisons)
         if self.score == SWAPPED:
             return tuple(_REVERSE.get(verdict, verdict) for verdict in verdicts)

@@ -19,7 +19,7 @@ from scripts.errors import ConfigError, InputError, OutputError
 from scripts.files import atomic_path
 from scripts.metrics.pooling import BATCH_POOLED, BatchPooled
 from scripts.metrics.scores import ClassScore
-from scripts.metrics.statistics import LEVEL, RESAMPLES, Interval
+from scripts.metrics.statistics import FEWEST_PATIENTS, LEVEL, RESAMPLES, Interval
 from scripts.metrics.summaries import AVERAGINGS, SWAPPED, ClassSummary, RunComparison, Summary
 
 _PROTOCOL_TEXT: Final = {
@@ -103,7 +103,8 @@ def render_comparison(comparisons: Sequence[RunComparison], *, names: Sequence[s
         f"Averaging per case: {_AVERAGING_TEXT['case']}, NSD over the same cases. Mean: unweighted over the classes "
         "that occur.",
         f"Second run ({names[1]}) less first ({names[0]}), case by case; interval: {_interval_text()}; p: Wilcoxon's "
-        "signed-rank test over patients, two-sided; verdict on the second run by whether the interval excludes zero.",
+        "signed-rank test over patients, two-sided; verdict on the second run by whether the interval excludes zero, "
+        f"from {FEWEST_PATIENTS} patients on.",
     ]
     if any(entry.score == SWAPPED for entry in comparisons):
         lines.append(

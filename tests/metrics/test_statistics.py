@@ -147,15 +147,26 @@ def test_chance_is_not_distinguishable():
 
 
 def test_equal_runs_have_p_one():
-    values = np.random.default_rng(0).random((5, 1))
-    (comparison,), overall = compare_runs(values, values, patients=names(5))
+    values = np.random.default_rng(0).random((6, 1))
+    (comparison,), overall = compare_runs(values, values, patients=names(6))
     assert comparison.p_value == overall.p_value == 1
     assert comparison.verdict == "not distinguishable"
 
 
 def test_a_single_patient_proves_nothing():
     (comparison,), _ = compare_runs(column(0.1, 0.2), column(0.9, 0.8), patients=["a", "a"])
-    assert comparison.verdict == "not distinguishable"
+    assert comparison.verdict == "too few patients"
+
+
+@pytest.mark.parametrize(("patients", "verdict"), [(5, "too few patients"), (6, "better")])
+def test_five_patients_that_agree_may_be_chance(patients, verdict):
+    """Five of five above zero, two-sided: 2 / 2^5 = 0.0625; six of six: 0.03125."""
+    first = np.zeros((2 * patients, 1))
+    second = np.linspace(0.01, 0.02, 2 * patients)[:, None]
+    (comparison,), overall = compare_runs(first, second, patients=names(patients) * 2)
+    assert comparison.difference.low > 0
+    assert comparison.verdict == overall.verdict == verdict
+    assert (comparison.p_value < 0.05) == (verdict == "better")
 
 
 def test_wilcoxon_takes_patients_not_cases():

@@ -264,7 +264,7 @@ def test_swapped_sides_are_compared_where_both_runs_have_a_prediction() -> None:
     for i in range(8):
         of_first, of_second = 10 + i, 4 + i
         dsc = math.nan if i == 1 else 0.5  # a case without the class has a prediction, which may lie in the other side
-        common = {"patient": f"p{i // 2}"}
+        common = {"patient": f"p{min(i, 6)}"}
         first.append(class_score(f"c{i}", 4, "left kidney", dsc, dsc, swapped_voxels=of_first, **common))
         second.append(class_score(f"c{i}", 4, "left kidney", dsc, dsc, swapped_voxels=of_second, **common))
         for run in (first, second):
@@ -276,7 +276,7 @@ def test_swapped_sides_are_compared_where_both_runs_have_a_prediction() -> None:
     tables = [
         np.array([[math.nan], *([run[2 * i].swapped_voxels / 40] for i in range(1, 8))]) for run in (first, second)
     ]
-    classes, overall = compare_runs(*tables, patients=[f"p{i // 2}" for i in range(8)])
+    classes, overall = compare_runs(*tables, patients=[f"p{min(i, 6)}" for i in range(8)])
     assert swaps.comparisons == (*classes, overall)
     assert swaps.comparisons[0].difference.cases == 7
     assert swaps.first[0] == pytest.approx(np.mean([10 + i for i in range(1, 8)]) / 40)

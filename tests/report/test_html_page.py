@@ -158,14 +158,15 @@ def test_counts_agree_with_the_summary(full, page):
 def test_the_comparison_is_that_of_the_statistics(full, page):
     scores = [read_scores_csv(full / name / "metrics.csv") for name in ("with <diffusion>", "without")]
     found = compare_scores(*scores)[0].comparisons[0]
-    shown = [row for row in page.rows if row[0] == "liver" and row[-1] in ("worse", "better", "not distinguishable")]
+    shown = [row for row in page.rows if row[0] == "liver" and row[-1] == "too few patients"]
     difference = found.difference
     assert shown[0][4] == f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-    assert shown[0][6] == found.verdict == "worse"
+    assert shown[0][6] == found.verdict
 
 
 def test_swapped_sides_are_compared_and_captions_name_the_protocol(write_run, tmp_path):
-    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "two")]
+    many = {"shifts": (1, 3, 2, 0, 4, 1, 3, 2, 1, 4, 2, 3)}
+    folders = [write_run(tmp_path / "one", **many), write_run(tmp_path / "two", **many)]
     for folder, step in zip(folders, (3, 7), strict=True):
         scores = read_scores_csv(folder / "metrics.csv")
         swapped = [None if score.swapped_voxels is None else step * (i + 1) for i, score in enumerate(scores)]

@@ -316,7 +316,7 @@ def test_comparison_table() -> None:
     assert [line.split("  ") and " ".join(line.split()) for line in table.splitlines() if line[0] != "-"] == [
         "class first second difference 95 % p cases verdict",
         "liver 0.5000 0.6250 +0.1250 +0.0625 to +0.2500 0.0123 8 better",
-        "polyp - - - - - 0 not distinguishable",
+        "polyp - - - - - 0 too few patients",
         "mean 0.5000 0.6250 +0.1250 +0.0625 to +0.2500 0.0123 8 better",
     ]
 
@@ -331,7 +331,7 @@ def test_of_swapped_sides_less_is_better() -> None:
     assert [row[-1] for row in rows if row[0] in ("left", "mean")] == ["worse", "worse"]
     content = comparison_json([entry], runs=(Path("a"), Path("b")), protocol="all")
     verdicts = {name: found["verdict"] for name, found in content["scores"][0]["classes"].items()}
-    assert verdicts == {"left kidney": "worse", "right kidney": "not distinguishable"}
+    assert verdicts == {"left kidney": "worse", "right kidney": "too few patients"}
 
 
 def test_comparison_json() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scripts.errors import AutoMedSAMError
 from scripts.metrics.scores import ClassScore
-from scripts.metrics.statistics import LEVEL, RESAMPLES, Interval
+from scripts.metrics.statistics import FEWEST_PATIENTS, LEVEL, RESAMPLES, Interval
 from scripts.metrics.summaries import SWAPPED, ClassSummary, RunComparison, Summary, compare_scores, summarise_units
 from scripts.report.html.elements import MISSING, interval_text, number, paragraph, share_text, table
 from scripts.report.html.runs import Run
@@ -162,7 +162,8 @@ def _comparison_table(entry: RunComparison, title: str, note: str, *, protocol: 
     caption = (
         f"{_TITLES[entry.score]}{at}, {title}, paired by case{note}; protocol {protocol}; {averaged}, then unweighted "
         f"over the classes. In brackets: {_INTERVALS}; p: Wilcoxon's signed-rank test over patients, two-sided, not "
-        "corrected for the number of tests; verdict on the second run by whether the interval leaves zero out."
+        "corrected for the number of tests; verdict on the second run by whether the interval leaves zero out, "
+        f"from {FEWEST_PATIENTS} patients on."
     )
     return table(caption, head, rows)
 
