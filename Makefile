@@ -24,8 +24,11 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
+# Trainings of small networks gain nothing from a second thread, so these files share the cores; the others use both.
+LEARNING := tests/test_hsp_sam_learns.py tests/test_study.py tests/test_study_networks.py
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(LEARNING:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 $(LEARNING)
 
 # MONAI Label wants an older numpy, and so has an environment of its own; see requirements-label.txt.
 $(LABEL)/.ready: requirements.txt requirements-label.txt
