@@ -17,7 +17,6 @@ from scripts.engines.evaluators import FAILURE
 from scripts.engines.inferers import ClassPromptInferer
 from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
-from scripts.networks.class_prompt_encoder import EMBEDDING_CHANNELS
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def open_store(network: AutoMedSAM, folder: str | Path) -> EmbeddingStore:
         image_size=network.image_size,
         pixel_normalisation=network.pixel_normalisation,
     )
-    shape = EmbeddingShape(channels=EMBEDDING_CHANNELS, rows=network.grid_size, columns=network.grid_size)
+    shape = EmbeddingShape(channels=network.embedding_channels, rows=network.grid_size, columns=network.grid_size)
     return EmbeddingStore(folder, encoder=key, shape=shape)
 
 

@@ -8,6 +8,7 @@ from scripts.engines.box_inferer import BoxPromptTraining
 from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.class_head import ClassHead
+from scripts.networks.mask_decoding import PROMPT_CHANNELS
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
 
@@ -50,7 +51,7 @@ class EncoderStartTraining(BoxPromptTraining):
         if not isinstance(network, AutoMedSAM):
             raise ConfigError("this training runs in one process alone; start it without torchrun")
         embedding = network.encode_image(inputs)
-        logits = self.head(embedding, class_ids)
+        logits = self.head(embedding[:, :PROMPT_CHANNELS], class_ids)
         quality = logits.new_zeros(class_ids.shape)
         prompts = PromptEmbeddings(logits.new_zeros(0), logits.new_zeros(0))
         if by_box is None or not by_box.any():

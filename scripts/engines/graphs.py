@@ -173,7 +173,9 @@ def _image(network: AutoMedSAM | HSPSAM) -> Port:
 
 def _embedding(network: AutoMedSAM, images: int | str) -> Port:
     return Port(
-        "embedding", (images, EMBEDDING_CHANNELS, network.grid_size, network.grid_size), "what the image encoder gives"
+        "embedding",
+        (images, network.embedding_channels, network.grid_size, network.grid_size),
+        "what the image encoder gives",
     )
 
 

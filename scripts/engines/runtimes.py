@@ -104,7 +104,8 @@ class OnnxNetwork:
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, 256, h, w)`."""
-        embeddings = torch.empty((len(image), *self._grid))
+        grid = (self.grid_size, self.grid_size)
+        embeddings = torch.empty((len(image), self.network.embedding_channels, *grid))
         for place in range(len(image)):
             one = slice(place, place + 1)
             embeddings[one] = self._infer("encode_image", {"image": image[one]})[0]
@@ -155,7 +156,7 @@ class OnnxNetwork:
 
     @property
     def _grid(self) -> tuple[int, int, int]:
-        """Shape of one embedding."""
+        """Shape of one dense prompt."""
         return (EMBEDDING_CHANNELS, self.grid_size, self.grid_size)
 
     def _groups(self, images: int, prompts: int) -> Iterator[tuple[int, slice]]:
@@ -375,7 +376,7 @@ def _example_inputs(network: AutoMedSAM, part: str) -> dict[str, torch.Tensor]:
     count, grid = _EXAMPLE_PROMPTS, (EMBEDDING_CHANNELS, network.grid_size, network.grid_size)
     if part == "encode_image":
         return {"image": torch.zeros(1, 3, network.image_size, network.image_size)}
-    embedding = {"embedding": torch.zeros(1, *grid)}
+    embedding = {"embedding": torch.zeros(1, network.embedding_channels, *grid[1:])}
     embedding["class_ids"] = torch.ones(1, count, dtype=torch.int64)
     if part == "encode_noisy_classes":
         embedding |= {"noise": torch.zeros(1, count, *grid), "timestep": torch.ones(1, count, dtype=torch.int64)}

@@ -7,7 +7,7 @@
     box   ──▶ SAM's prompt encoder (frozen) ──▶ the teacher's sparse, dense prompts
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,25 +17,28 @@ from torch import nn
 from scripts.errors import ConfigError
 from scripts.networks.class_prompt_encoder import (
     DIFFUSION_STEPS,
+    EMBEDDING_CHANNELS,
     RELEASE_CHANNELS,
     ClassCode,
     ClassPromptEncoder,
     Preset,
 )
 from scripts.networks.image_encoders import build_image_encoder
-from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder
+from scripts.networks.mask_decoding import build_mask_decoder, build_prompt_encoder, packed_channels
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
 # Of segment_anything/modeling/sam.py, for pixels from 0 to 255.
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+_DETAILS = ".details."  # within the names of what only an encoder with details has
 
 
 class AutoMedSAM(nn.Module):
     """Segment the classes asked for, each by name alone.
 
     Args:
-        image_encoder: `compact`, `lite_medsam`, `mobile_sam`, `sam_vit_b`, `sam_vit_l` or `sam_vit_h`.
+        image_encoder: `compact`, `compact_detailed`, `lite_medsam`, `mobile_sam`, `sam_vit_b`, `sam_vit_l` or
+            `sam_vit_h`.
         image_size: side S of the square input in pixels; None means the encoder's published size.
         class_ids: the classes that `network(image)` asks for; channel k of its answer is class k.
         preset: `paper` or `release`, see `ClassPromptEncoder`.
@@ -51,6 +54,7 @@ class AutoMedSAM(nn.Module):
             there is nothing to freeze.
 
     Attributes:
+        embedding_channels: C of an embedding, 256 and the image encoder's details.
         settings: the arguments that decide the shape and meaning of the weights, for the model card.
 
     Raises:
@@ -113,7 +117,11 @@ class AutoMedSAM(nn.Module):
             class_code=class_code,
         )
         self.prompt_encoder = build_prompt_encoder(grid_size=self.grid_size, image_size=self.image_size)
-        self.mask_decoder = build_mask_decoder()
+        details: tuple[int, ...] = getattr(self.image_encoder, "detail_channels", ())  # of few encoders
+        self.mask_decoder = build_mask_decoder(detail_channels=details)
+        self.embedding_channels = EMBEDDING_CHANNELS + packed_channels(details)
+        if details:
+            self.register_load_state_dict_pre_hook(_without_details)
         self.image_encoder.requires_grad_(train_image_encoder)
         self.prompt_encoder.requires_grad_(False)
         self.register_buffer("pixel_mean", torch.tensor(SAM_PIXEL_MEAN).reshape(1, 3, 1, 1) / 255, persistent=False)
@@ -129,6 +137,13 @@ class AutoMedSAM(nn.Module):
         """Give the parts that a published SAM file fills, under its names, sharing memory with this network."""
         names = ("image_encoder", "prompt_encoder", "mask_decoder")
         return nn.ModuleDict({name: self.get_submodule(name) for name in names})
+
+    def state_for(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the tensors that would be filled from a file with these, which may come from before the details."""
+        state = self.state_dict()
+        if any(_DETAILS in name for name in found):
+            return state
+        return {name: value for name, value in state.items() if _DETAILS not in name}
 
     def train(self, mode: bool = True) -> "AutoMedSAM":
         """Switch to training; what is frozen stays in eval mode, so that batch statistics are never touched."""
@@ -150,7 +165,7 @@ class AutoMedSAM(nn.Module):
         """Segment images, all known classes or those asked for.
 
         Args:
-            image: `(B, 3, S, S)` with values in [0, 1]; or its embedding `(B, 256, h, w)`, if `embedded` says so.
+            image: `(B, 3, S, S)` with values in [0, 1]; or its embedding `(B, C, h, w)`, if `embedded` says so.
             class_ids: `(B, K)` classes to ask for in each image; None asks for all that the network knows.
             noise: standard normal values `(B, K, 256, h, w)` of the forward diffusion; None means none.
             timestep: diffusion steps `(B, K)`, from 1 to T; None means T.
@@ -174,7 +189,7 @@ class AutoMedSAM(nn.Module):
         return MaskPrediction(logits, quality, prompts, teacher)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, 256, h, w)`, once for all their prompts."""
+        """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, C, h, w)`, once for all their prompts."""
         if self.pixel_normalisation == "sam":
             image = (image - self.pixel_mean) / self.pixel_std
         if self.train_image_encoder:
@@ -190,9 +205,9 @@ class AutoMedSAM(nn.Module):
         noise: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
     ) -> PromptEmbeddings:
-        """Make the prompts of classes `(B, K)` for embeddings `(B, 256, h, w)`: B x K rows, image by image."""
+        """Make the prompts of classes `(B, K)` for embeddings `(B, C, h, w)`: B x K rows, image by image."""
         prompts = self.class_prompt_encoder(
-            embedding,
+            embedding[:, :EMBEDDING_CHANNELS],
             class_ids.flatten(),
             None if noise is None else noise.flatten(0, 1),
             None if timestep is None else timestep.flatten(),
@@ -227,7 +242,7 @@ class AutoMedSAM(nn.Module):
         """Decode prompts over their images.
 
         Args:
-            embedding: `(B, 256, h, w)`.
+            embedding: `(B, C, h, w)`.
             prompts: B x K rows, image by image.
 
         Returns:
@@ -251,6 +266,20 @@ class AutoMedSAM(nn.Module):
         channels = logits.new_full((images, 1 + self.class_ids[-1], *logits.shape[2:]), lowest)
         channels[:, 0] = 0.0
         return channels.index_copy(1, ids, logits)
+
+
+def _without_details(
+    network: AutoMedSAM,
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Let weights from before the details be loaded: nothing of them enters the masks until something was learned."""
+    if any(_DETAILS in name for name in state):
+        return
+    for name, value in network.state_dict().items():
+        if _DETAILS in name:
+            state[prefix + name] = torch.zeros_like(value) if name.startswith("mask_decoder") else value
 
 
 def _mixed(prompts: PromptEmbeddings, teacher: PromptEmbeddings, chosen: torch.Tensor) -> PromptEmbeddings:

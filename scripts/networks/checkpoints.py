@@ -316,7 +316,8 @@ def _describe_image_encoder(state: Mapping[str, Tensor]) -> str:
     if patch is not None:
         return "LiteMedSAM's TinyViT" if patch.shape[-1] == 1 else "MobileSAM's TinyViT"
     if any(name.startswith("image_encoder.stages.") for name in state):
-        return "the compact encoder"
+        detailed = any(name.startswith("image_encoder.details.") for name in state)
+        return "the compact encoder with details" if detailed else "the compact encoder"
     return "an unknown image encoder" if any("image_encoder." in name for name in state) else "no image encoder"
 
 

@@ -283,6 +283,8 @@ class HSPSAM(nn.Module):
         if size is None and name.startswith("sam_vit"):
             size = SAM_VIT_SIZE
         self.image_encoder = build_image_encoder(name, image_size=size)
+        if getattr(self.image_encoder, "detail_channels", ()):
+            raise ConfigError(f"the details of {name} are for AutoMedSAM's mask decoder: this network takes the levels")
         encoder = self._levels_of_encoder()
         self.image_size, self.grid_size = encoder.image_size, encoder.grid_size
         self.image_encoder.requires_grad_(self.train_image_encoder)

@@ -1,5 +1,8 @@
 """SAM's mask decoder and prompt encoder, built as published, for prompts of many images at once."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
@@ -51,7 +54,7 @@ class PromptMaskDecoder(MaskDecoder):
         """Decode K prompts for each of B images, N = B K, image by image.
 
         Args:
-            image_embedding: `(B, 256, h, w)`.
+            image_embedding: `(B, 256, h, w)`, with further channels where there are details.
             positional_encoding: of the grid, `(1, 256, h, w)`.
             prompts: N sparse and dense embeddings.
 
@@ -59,19 +62,21 @@ class PromptMaskDecoder(MaskDecoder):
             Logits `(N, 4 h, 4 w)` and the estimated intersection over union `(N,)`.
         """
         count, (images_count, _, height, width) = prompts.dense.shape[0], image_embedding.shape
+        plain, details = self._taken_apart(image_embedding)
         embedding, positions, dense = (
             values.contiguous(memory_format=torch.channels_last)  # as the transformer takes them
-            for values in (image_embedding, positional_encoding, prompts.dense)
+            for values in (plain, positional_encoding, prompts.dense)
         )
         parts = []
         for rows in pieces.slices(count, width=ATTENTION_CHANNELS * height * width, like=embedding):
             images = images_of(embedding, rows, count // images_count)
-            parts.append(self._decode(images + dense[rows], positions, prompts.sparse[rows]))
+            seen = [images_of(level, rows, count // images_count) for level in details]
+            parts.append(self._decode(images + dense[rows], positions, prompts.sparse[rows], seen))
         logits, quality = (pieces.join(part) for part in zip(*parts, strict=True))
         return logits, quality
 
     def _decode(
-        self, prompted: torch.Tensor, positions: torch.Tensor, sparse: torch.Tensor
+        self, prompted: torch.Tensor, positions: torch.Tensor, sparse: torch.Tensor, details: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode images with their dense prompts added `(n, 256, h, w)`, and sparse prompts `(n, T, 256)`."""
         count, channels, height, width = prompted.shape
@@ -80,8 +85,52 @@ class PromptMaskDecoder(MaskDecoder):
         tokens, image = self.transformer(prompted, positions.expand(count, -1, -1, -1), tokens)
         image = image.transpose(1, 2).reshape(count, channels, height, width)  # (N, h w, C) -> (N, C, h, w)
         kernels = self.output_hypernetworks_mlps[0](tokens[:, 1])  # token 0 is the quality's, token 1 the single mask's
-        logits = torch.einsum("nc,nchw->nhw", kernels, self.output_upscaling(image))
+        logits = torch.einsum("nc,nchw->nhw", kernels, self._upscaled(image, details))
         return logits, self.iou_prediction_head(tokens[:, 0])[:, 0]
+
+    def _taken_apart(self, image_embedding: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Give the embedding proper, and the details that come with it: none."""
+        return image_embedding, []
+
+    def _upscaled(self, image: torch.Tensor, details: list[torch.Tensor]) -> torch.Tensor:  # noqa: ARG002 - none here
+        """Bring `(n, 256, h, w)` to `(n, 32, 4 h, 4 w)`."""
+        return self.output_upscaling(image)
+
+
+class DetailedMaskDecoder(PromptMaskDecoder):
+    """The mask decoder, to which the image encoder's details are added on the way up, as in SAM 2 (arXiv 2408.00714).
+
+    Before anything is learned it is SAM's decoder: the details come in through weights of zero.
+
+    Args:
+        detail_channels: of the details at twice and at four times the embedding's resolution.
+        settings: of the parent.
+    """
+
+    def __init__(self, *, detail_channels: Sequence[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        coarse, both = packed_channels(detail_channels[:1]), packed_channels(detail_channels)
+        self.packed = (PROMPT_CHANNELS, coarse, both - coarse)
+        widths = (PROMPT_CHANNELS // 4, PROMPT_CHANNELS // 8)  # of the two steps up
+        self.details = nn.ModuleList(
+            nn.Conv2d(channels, width, 1) for channels, width in zip(detail_channels, widths, strict=True)
+        )
+        for module in self.details.parameters():
+            nn.init.zeros_(module)
+
+    def _taken_apart(self, image_embedding: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Give the embedding `(B, 256, h, w)`, and details `(B, 64, 2 h, 2 w)` and `(B, 32, 4 h, 4 w)`."""
+        embedding, coarse, fine = image_embedding.split(self.packed, dim=1)
+        return embedding, [
+            self.details[0](F.pixel_shuffle(coarse, 2)),  # (B, 4 C, h, w) -> (B, C, 2 h, 2 w)
+            self.details[1](F.pixel_shuffle(fine, 4)),  # (B, 16 C, h, w) -> (B, C, 4 h, 4 w)
+        ]
+
+    def _upscaled(self, image: torch.Tensor, details: list[torch.Tensor]) -> torch.Tensor:
+        """Bring `(n, 256, h, w)` to `(n, 32, 4 h, 4 w)`, each step with its details."""
+        grow, normalise, activate, grow_again, activate_again = self.output_upscaling
+        half = activate(normalise(grow(image) + details[0]))
+        return activate_again(grow_again(half) + details[1])
 
 
 class GridPromptEncoder(PromptEncoder):
@@ -112,20 +161,32 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second)
 
 
-def build_mask_decoder() -> PromptMaskDecoder:
-    """Build SAM's mask decoder with its published sizes (segment_anything/build_sam.py)."""
+def build_mask_decoder(*, detail_channels: Sequence[int] = ()) -> PromptMaskDecoder:
+    """Build SAM's mask decoder with its published sizes (segment_anything/build_sam.py).
+
+    Args:
+        detail_channels: of what comes with the embeddings, see `DetailedMaskDecoder`; none for SAM's own.
+    """
     transformer = TwoWayTransformer(depth=2, embedding_dim=PROMPT_CHANNELS, mlp_dim=2048, num_heads=8)
     for module in list(transformer.modules()):
         for name, part in module.named_children():
             if isinstance(part, Attention):
                 setattr(module, name, FusedTokenAttention(part))
-    return PromptMaskDecoder(
-        transformer=transformer,
-        transformer_dim=PROMPT_CHANNELS,
-        num_multimask_outputs=3,
-        iou_head_depth=3,
-        iou_head_hidden_dim=256,
-    )
+    settings: dict[str, Any] = {
+        "transformer": transformer,
+        "transformer_dim": PROMPT_CHANNELS,
+        "num_multimask_outputs": 3,
+        "iou_head_depth": 3,
+        "iou_head_hidden_dim": 256,
+    }
+    if detail_channels:
+        return DetailedMaskDecoder(detail_channels=detail_channels, **settings)
+    return PromptMaskDecoder(**settings)
+
+
+def packed_channels(detail_channels: Sequence[int]) -> int:
+    """Count the channels of an embedding that hold details at twice and at four times its resolution."""
+    return sum(channels * 4 ** (level + 1) for level, channels in enumerate(detail_channels))
 
 
 def build_prompt_encoder(*, grid_size: int, image_size: int) -> GridPromptEncoder:

@@ -195,6 +195,7 @@ def test_weights_keep_their_type(build_network, tmp_path):
         {"image_encoder": "mobile_sam", "pixel_normalisation": "sam"},
         {"image_encoder": "sam_vit_b"},
         {"image_size": 96},
+        {"image_encoder": "compact_detailed"},
         {"preset": "release", "diffusion_steps": 5},
         {"prompt_branches": "dense"},
         {"prompt_branches": "sparse"},

@@ -162,6 +162,7 @@ def test_a_training_network_is_exported_as_it_predicts_and_stays_in_training(bui
         {"image_encoder": "sam_vit_b", "image_size": 32},
         {"image_encoder": "mobile_sam", "image_size": 32, "pixel_normalisation": "sam"},
         {"image_size": 96},
+        {"image_encoder": "compact_detailed"},
         {"prompt_branches": "dense"},
         {"prompt_branches": "sparse"},
         {"diffusion": False},

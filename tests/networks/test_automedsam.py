@@ -134,7 +134,7 @@ def test_classes_of_an_image_are_as_of_images_of_their_own(network, images, prom
             torch.testing.assert_close(quality.flatten(), own_quality[:, 0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("encoder", ["compact", "lite_medsam", "sam_vit_b"])
+@pytest.mark.parametrize("encoder", ["compact", "compact_detailed", "lite_medsam", "sam_vit_b"])
 def test_with_and_without_gradients_the_answer_is_the_same(encoder, generator):
     network = small(image_encoder=encoder).eval()
     images, ids = pictures(generator, 2), torch.tensor([[1, 2, 4], [4, 4, 1]])
@@ -497,3 +497,35 @@ def test_a_wrong_setting_is_refused(wrong, words):
 def test_an_image_of_another_shape_is_refused(encoder, shape):
     with pytest.raises(InputError, match=r"expects \(B, 3, 32, 32\)"):
         small(image_encoder=encoder)(torch.zeros(shape))
+
+
+# --- details of the image encoder
+
+
+def test_weights_from_before_the_details_give_the_same_masks(generator):
+    plain = small(class_code="learned").eval()
+    detailed = small(class_code="learned", image_encoder="compact_detailed").eval()
+    for values in detailed.mask_decoder.details.parameters():
+        nn.init.normal_(values)  # what was learned of details does not belong to other weights
+    detailed.load_state_dict(plain.state_dict())
+    images, ids = pictures(generator, 2), torch.tensor([[1, 2], [4, 1]])
+    assert_same(detailed(images, ids), plain(images, ids))
+    assert detailed.encode_image(images).shape == (2, detailed.embedding_channels, 4, 4)
+    assert (plain.embedding_channels, detailed.embedding_channels) == (256, 640)
+
+
+def test_details_have_a_say_once_learned(generator):
+    network = small(image_encoder="compact_detailed", train_image_encoder=True)
+    before = copy.deepcopy(network.state_dict())
+    for _ in range(2):  # the encoder's learn as soon as the decoder's are not zero
+        train_once(network, generator)
+    learned = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in before if ".details." in name} <= learned
+
+
+def test_some_details_without_the_others_are_refused(generator):
+    network = small(image_encoder="compact_detailed")
+    state = network.state_dict()
+    del state["mask_decoder.details.0.weight"]
+    with pytest.raises(RuntimeError, match=r"mask_decoder.details.0.weight"):
+        network.load_state_dict(state)

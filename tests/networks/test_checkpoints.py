@@ -19,11 +19,13 @@ from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import nn
 
 from scripts.errors import CheckpointError, ConfigError, OutputError
+from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.checkpoints import (
     describe_weights,
     load_class_prompt_encoder,
     load_network_weights,
     load_sam_weights,
+    load_weights,
     read_state_dict,
     resize_positions,
     resize_relative_positions,
@@ -517,6 +519,10 @@ def test_a_network_without_the_parts_is_refused(tmp_path):
         ({"image_encoder.patch_embed.seq.0.c.weight": (32, 3, 1, 1)}, "LiteMedSAM's TinyViT"),
         ({"image_encoder.patch_embed.seq.0.c.weight": (32, 3, 3, 3)}, "MobileSAM's TinyViT"),
         ({"image_encoder.stages.0.0.weight": (32, 3, 3, 3)}, "the compact encoder"),
+        (
+            {"image_encoder.stages.0.0.weight": (32, 3, 3, 3), "image_encoder.details.0.bias": (32,)},
+            "the compact encoder with details",
+        ),
         ({"image_encoder.conv.weight": (32, 3, 3, 3)}, "an unknown image encoder"),
         ({"fc.weight": (2, 2)}, "no image encoder"),
         ({"unet.enc1.0.weight": (64, 257, 3, 3)}, "a class prompt encoder alone"),
@@ -678,3 +684,16 @@ def test_the_table_of_published_weights_is_complete(bundle_root):
         assert row["encoder"] in IMAGE_ENCODERS
         assert row["pixels"] == ("unit" if "medsam" in row["file"] + row["url"] else "sam")
         assert Path(row["file"]).suffix in (".pt", ".pth", ".bin", ".safetensors")
+
+
+def test_a_file_from_before_the_details_starts_a_network_with_them(tmp_path):
+    settings = {"image_size": 32, "class_ids": [1], "channels": [8, 16, 32]}
+    plain = AutoMedSAM(image_encoder="compact", **settings)
+    detailed = AutoMedSAM(image_encoder="compact_detailed", **settings)
+    save_state_dict(plain.state_dict(), tmp_path / "model.pt")
+    load_weights(detailed, tmp_path / "model.pt")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(detailed.state_dict()[name], value), name
+    save_state_dict(detailed.state_dict(), tmp_path / "detailed.pt")
+    with pytest.raises(CheckpointError, match=r"compact encoder with details and does not fit"):
+        load_weights(plain, tmp_path / "detailed.pt")

@@ -685,6 +685,7 @@ def test_a_file_of_another_vit_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"prompts": -1}, "0 to 16, not -1"),
+        ({"image_encoder": "compact_detailed"}, "the details of compact_detailed are for AutoMedSAM's mask decoder"),
         ({"prompts": 17}, "0 to 16, not 17"),
         ({"class_ids": ()}, "distinct numbers from 1 up"),
         ({"class_ids": (0, 1)}, "distinct numbers from 1 up"),

@@ -7,7 +7,13 @@ import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
 from scripts.networks import pieces
-from scripts.networks.mask_decoding import PromptMaskDecoder, build_mask_decoder, build_prompt_encoder
+from scripts.networks.mask_decoding import (
+    DetailedMaskDecoder,
+    PromptMaskDecoder,
+    build_mask_decoder,
+    build_prompt_encoder,
+    packed_channels,
+)
 from scripts.networks.prompts import PromptEmbeddings
 
 GRID = 4
@@ -240,3 +246,67 @@ def test_another_device_has_its_own_encoding():
     encoder.to_empty(device="cpu").load_state_dict(build_prompt_encoder(grid_size=GRID, image_size=64).state_dict())
     assert not torch.allclose(encoder.get_dense_pe(), kept)
     torch.testing.assert_close(encoder.get_dense_pe(), fresh_encoding(encoder))
+
+
+# --- details of the image encoder
+
+DETAILS = (3, 2)  # channels at twice and at four times the grid
+PACKED = 4 * 3 + 16 * 2
+
+
+def detailed_decoder(*, shaken: bool) -> DetailedMaskDecoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = build_mask_decoder(detail_channels=DETAILS).requires_grad_(False)
+        if shaken:
+            for values in decoder.details.parameters():
+                torch.nn.init.normal_(values, std=0.3)
+    return decoder
+
+
+def test_packed_channels_are_counted():
+    assert packed_channels(DETAILS) == PACKED
+    assert packed_channels(()) == 0
+
+
+def test_before_anything_is_learned_it_is_sams_decoder(decoder, generator):
+    detailed = detailed_decoder(shaken=False)
+    detailed.load_state_dict({**detailed.state_dict(), **decoder.state_dict()})
+    images, prompts = torch.randn((2, 256 + PACKED, GRID, GRID), generator=generator), random_prompts(generator, 2)
+    found, expected = detailed(images, positions(), prompts), decoder(images[:, :256], positions(), prompts)
+    for values, others in zip(found, expected, strict=True):
+        assert torch.equal(values, others)
+
+
+def test_details_of_several_images_are_the_same_one_by_one(generator):
+    detailed = detailed_decoder(shaken=True)
+    images, prompts = torch.randn((2, 256 + PACKED, GRID, GRID), generator=generator), random_prompts(generator, 6)
+    logits, quality = detailed(images, positions(), prompts)
+    for i in range(6):
+        one = PromptEmbeddings(prompts.sparse[i : i + 1], prompts.dense[i : i + 1])
+        alone, of_alone = detailed(images[i // 3 : i // 3 + 1], positions(), one)
+        torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(quality[i : i + 1], of_alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (5, 10), (15, 15)])
+def test_a_fine_detail_changes_its_pixel_of_the_mask_alone(row, column, generator):
+    """One value of a fine map, packed as `pixel_unshuffle` does, border included."""
+    detailed, prompts = detailed_decoder(shaken=True), random_prompts(generator, 1)
+    image = torch.randn((1, 256 + PACKED, GRID, GRID), generator=generator)
+    before, of_before = detailed(image, positions(), prompts)
+    image[0, 256 + 12 + 16 + 4 * (row % 4) + column % 4, row // 4, column // 4] += 1.0  # of the second fine map
+    after, of_after = detailed(image, positions(), prompts)
+    assert ((after - before)[0].abs() > 1e-6).nonzero().tolist() == [[row, column]]
+    assert torch.equal(of_before, of_after)
+
+
+def test_a_coarse_detail_changes_four_pixels(generator):
+    """The normalisation between the two steps is over channels, so that nothing spreads further."""
+    detailed, prompts = detailed_decoder(shaken=True), random_prompts(generator, 1)
+    image = torch.randn((1, 256 + PACKED, GRID, GRID), generator=generator)
+    before, _ = detailed(image, positions(), prompts)
+    image[0, 256 + 4 * 2 + 2 * 1 + 0, 1, 3] += 1.0  # third coarse map, row 2 * 1 + 1, column 2 * 3 + 0
+    after, _ = detailed(image, positions(), prompts)
+    changed = ((after - before)[0].abs() > 1e-6).nonzero()
+    assert changed.tolist() == [[6, 12], [6, 13], [7, 12], [7, 13]]

@@ -1,7 +1,7 @@
 """The image encoders, by name.
 
 Each is a module with `image_size` (S in pixels), `grid_size` (side of the embedding's grid) and a forward pass from
-`(B, 3, S, S)` to `(B, 256, grid_size, grid_size)`.
+`(B, 3, S, S)` to `(B, 256, grid_size, grid_size)`; one with `detail_channels` has further channels behind these.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,14 @@ from types import MappingProxyType
 from torch import nn
 
 from scripts.errors import ConfigError
-from scripts.networks.image_encoders.compact import CompactEncoder
+from scripts.networks.image_encoders.compact import CompactEncoder, DetailedCompactEncoder
 from scripts.networks.image_encoders.sam_vit import sam_vit_encoder
 from scripts.networks.image_encoders.tiny_vit import lite_medsam_encoder, mobile_sam_encoder
 
 IMAGE_ENCODERS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         "compact": CompactEncoder,
+        "compact_detailed": DetailedCompactEncoder,
         "lite_medsam": lite_medsam_encoder,
         "mobile_sam": mobile_sam_encoder,
         "sam_vit_b": partial(sam_vit_encoder, "b"),

@@ -19,6 +19,7 @@ STAGE_CHANNELS = (32, 64, 128, 192)  # at strides 2, 4, 8 and 16
 STAGE_BLOCKS = (1, 1, 2, 2)
 DEEPEST_STRIDE = 16
 NORM_GROUPS = 8
+DETAIL_CHANNELS = (32, 16)  # at twice and four times the embedding's resolution
 
 
 class ResidualBlock(nn.Module):
@@ -143,3 +144,41 @@ class CompactEncoder(nn.Module):
         for level, lateral in zip(reversed(levels[:-1]), reversed(self.lateral), strict=True):
             merged = level + F.interpolate(lateral(merged), scale_factor=2.0, mode="bilinear", align_corners=False)
         return merged
+
+
+class DetailedCompactEncoder(CompactEncoder):
+    """The compact encoder, which also hands on what its first two stages see, for the mask decoder to draw edges by.
+
+    SAM 2 (arXiv 2408.00714, appendix D.1) does the same with its encoder. The details are packed into further channels
+    of the embedding, so that all who keep, store or pass an embedding keep one tensor.
+
+    Args:
+        image_size: side S of the square input in pixels, a multiple of 16.
+
+    Attributes:
+        detail_channels: of the details at twice and at four times the embedding's resolution.
+    """
+
+    detail_channels = DETAIL_CHANNELS
+
+    def __init__(self, *, image_size: int = 128) -> None:
+        super().__init__(image_size=image_size, stride=8)
+        finest, second = STAGE_CHANNELS[:2]
+        self.details = nn.ModuleList(
+            nn.Conv2d(width, channels, 1) for width, channels in zip((second, finest), DETAIL_CHANNELS, strict=True)
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Embed `(B, 3, S, S)` images with values in [0, 1] as `(B, 640, S / 8, S / 8)`.
+
+        256 channels are the embedding; 32 of twice its resolution follow as 128, and 16 of four times as 256.
+
+        Raises:
+            InputError: an image of another shape.
+        """
+        require_square(image, self.image_size)
+        features = self._stage_features(image)
+        embedding = self.neck(self.refine(self._merge(features[self.finest_stage :])))
+        coarse = F.pixel_unshuffle(self.details[0](features[1]), 2)  # (B, 32, 2 h, 2 w) -> (B, 128, h, w)
+        fine = F.pixel_unshuffle(self.details[1](features[0]), 4)  # (B, 16, 4 h, 4 w) -> (B, 256, h, w)
+        return torch.cat((embedding, coarse, fine), dim=1)

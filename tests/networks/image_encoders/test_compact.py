@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.errors import ConfigError, InputError
-from scripts.networks.image_encoders.compact import CompactEncoder
+from scripts.networks.image_encoders.compact import CompactEncoder, DetailedCompactEncoder
 
 MOST_PARAMETERS = 3_000_000
 MOST_OPERATIONS = 1.5e9  # at 128 pixels, a multiplication and an addition counted as two
@@ -117,3 +117,50 @@ def test_another_stride_is_refused(stride):
 def test_an_image_of_another_shape_is_refused(shape):
     with pytest.raises(InputError, match=r"expects \(B, 3, 32, 32\), got"):
         small()(torch.zeros(shape))
+
+
+# --- with details
+
+
+def detailed(*, size: int = 32) -> DetailedCompactEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = DetailedCompactEncoder(image_size=size)
+        torch.nn.init.normal_(encoder.position)
+    return encoder
+
+
+def test_the_embedding_proper_is_that_of_the_plain_encoder(generator):
+    encoder, plain = detailed(), CompactEncoder(image_size=32)
+    plain.load_state_dict({name: value for name, value in encoder.state_dict().items() if "details" not in name})
+    images = torch.rand((2, 3, 32, 32), generator=generator)
+    embedding = encoder(images)
+    assert embedding.shape == (2, 256 + 4 * 32 + 16 * 16, 4, 4)
+    assert torch.equal(embedding[:, :256], plain(images))
+
+
+def test_details_are_where_the_image_has_them(generator):
+    """Packed channel c of cell (i, j) holds pixel (4 i + a, 4 j + b) of fine map c // 16, with a, b of c % 16."""
+    encoder = detailed()
+    images = torch.rand((1, 3, 32, 32), generator=generator)
+    (first, second, *_), embedding = encoder.levels(images, []), encoder(images)
+    coarse, fine = encoder.details[0](second.features), encoder.details[1](first.features)
+    for channel, row, column in ((0, 0, 0), (5, 7, 2), (31, 3, 6)):
+        packed = 256 + 4 * channel + 2 * (row % 2) + column % 2
+        torch.testing.assert_close(embedding[0, packed, row // 2, column // 2], coarse[0, channel, row, column])
+    for channel, row, column in ((0, 0, 0), (7, 13, 2), (15, 6, 15)):
+        packed = 256 + 128 + 16 * channel + 4 * (row % 4) + column % 4
+        torch.testing.assert_close(embedding[0, packed, row // 4, column // 4], fine[0, channel, row, column])
+
+
+def test_a_detailed_batch_gives_what_its_images_give_alone(generator):
+    encoder, images = detailed(), torch.rand((3, 3, 32, 32), generator=generator)
+    together = encoder(images)
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], encoder(images[i : i + 1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 48), (1, 1, 32, 32), (3, 32, 32)])
+def test_a_detailed_encoder_refuses_other_images(shape):
+    with pytest.raises(InputError):
+        detailed()(torch.zeros(shape))
