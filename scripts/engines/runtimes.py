@@ -103,7 +103,7 @@ class OnnxNetwork:
         return self.network.diffusion_steps
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, 256, h, w)`."""
+        """Embed images `(B, 3, S, S)` with values in [0, 1] as `(B, C, h, w)`."""
         grid = (self.grid_size, self.grid_size)
         embeddings = torch.empty((len(image), self.network.embedding_channels, *grid))
         for place in range(len(image)):
