@@ -875,7 +875,8 @@ def test_embedding_beforehand_spares_training_and_evaluation_the_encoder(
     tmp_path, run, tiny_phantoms, model, monkeypatch
 ):
     store = tmp_path / "store"
-    outcome = run("embed", tiny_phantoms, "--checkpoint", model, "--embeddings", store, *TINY)
+    same = [*TINY, "--image_encoder", "compact"]
+    outcome = run("embed", tiny_phantoms, "--checkpoint", model, "--embeddings", store, *same)
     assert outcome.code == 0
     assert f"train with --embeddings_dir {store}" in outcome.out
     asked = []
@@ -884,7 +885,7 @@ def test_embedding_beforehand_spares_training_and_evaluation_the_encoder(
     settings = ["--embeddings_dir", store, "--section", "validation", "--progress_bar", "false"]
     words = ["--checkpoint", model, "--output", tmp_path / "scores", *settings]
     assert run("evaluate", tiny_phantoms, *words).code == 0
-    words = ["--pretrained", model, "--output", tmp_path / "run", "--embeddings_dir", store, "--max_epochs", "1", *TINY]
+    words = ["--pretrained", model, "--output", tmp_path / "run", "--embeddings_dir", store, "--max_epochs", "1", *same]
     assert run("train", tiny_phantoms, *words).code == 0
     assert asked == []
 

@@ -7,7 +7,7 @@
     box   ──▶ SAM's prompt encoder (frozen) ──▶ the teacher's sparse, dense prompts
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scripts.errors import ConfigError
+from scripts.networks.checkpoints import fresh_details
 from scripts.networks.class_prompt_encoder import (
     DIFFUSION_STEPS,
     EMBEDDING_CHANNELS,
@@ -30,7 +31,6 @@ from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 # Of segment_anything/modeling/sam.py, for pixels from 0 to 255.
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
-_DETAILS = ".details."  # within the names of what only an encoder with details has
 
 
 class AutoMedSAM(nn.Module):
@@ -121,7 +121,7 @@ class AutoMedSAM(nn.Module):
         self.mask_decoder = build_mask_decoder(detail_channels=details)
         self.embedding_channels = EMBEDDING_CHANNELS + packed_channels(details)
         if details:
-            self.register_load_state_dict_pre_hook(_without_details)
+            self.register_load_state_dict_pre_hook(_complete_details)
         self.image_encoder.requires_grad_(train_image_encoder)
         self.prompt_encoder.requires_grad_(False)
         self.register_buffer("pixel_mean", torch.tensor(SAM_PIXEL_MEAN).reshape(1, 3, 1, 1) / 255, persistent=False)
@@ -137,13 +137,6 @@ class AutoMedSAM(nn.Module):
         """Give the parts that a published SAM file fills, under its names, sharing memory with this network."""
         names = ("image_encoder", "prompt_encoder", "mask_decoder")
         return nn.ModuleDict({name: self.get_submodule(name) for name in names})
-
-    def state_for(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give the tensors that would be filled from a file with these, which may come from before the details."""
-        state = self.state_dict()
-        if any(_DETAILS in name for name in found):
-            return state
-        return {name: value for name, value in state.items() if _DETAILS not in name}
 
     def train(self, mode: bool = True) -> "AutoMedSAM":
         """Switch to training; what is frozen stays in eval mode, so that batch statistics are never touched."""
@@ -268,18 +261,11 @@ class AutoMedSAM(nn.Module):
         return channels.index_copy(1, ids, logits)
 
 
-def _without_details(
-    network: AutoMedSAM,
-    state: dict[str, torch.Tensor],
-    prefix: str,
-    *_: Any,
-) -> None:
-    """Let weights from before the details be loaded: nothing of them enters the masks until something was learned."""
-    if any(_DETAILS in name for name in state):
-        return
-    for name, value in network.state_dict().items():
-        if _DETAILS in name:
-            state[prefix + name] = torch.zeros_like(value) if name.startswith("mask_decoder") else value
+def _complete_details(network: AutoMedSAM, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Let weights from before the details be loaded."""
+    found = {name.removeprefix(prefix): value for name, value in state.items()}
+    for name, value in fresh_details(found, network.state_dict()).items():
+        state[prefix + name] = value
 
 
 def _mixed(prompts: PromptEmbeddings, teacher: PromptEmbeddings, chosen: torch.Tensor) -> PromptEmbeddings:

@@ -38,6 +38,8 @@ POSITION_TABLE = "image_encoder.pos_embed"
 RELATIVE_TABLES = (".rel_pos_h", ".rel_pos_w")
 NAMES_SHOWN = 3  # of each kind of mismatch
 
+DETAILS = ".details."  # within the names of what only an image encoder with details, and its mask decoder, have
+
 # What torch.load raises on damaged files, found by truncating files and flipping bits in them.
 DAMAGE = (
     RuntimeError,
@@ -168,6 +170,7 @@ def load_sam_weights(network: nn.Module, path: str | Path) -> None:
     expected = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     read = read_state_dict(path)
     found = _fit_positions(read, expected)
+    found |= fresh_details(found, expected)
     _require_match(expected, found, path, described=describe_weights(read))
     for name, part in parts.items():
         part.load_state_dict(_below(found, f"{name}."))
@@ -185,8 +188,30 @@ def load_network_weights(network: nn.Module, path: str | Path) -> None:
     """
     found = read_state_dict(path)
     expected = network.state_for(found) if isinstance(network, TakesSeveralForms) else network.state_dict()
-    _require_match(expected, found, path, described=describe_weights(found))
+    described = describe_weights(found)
+    found |= fresh_details(found, expected)
+    _require_match(expected, found, path, described=described)
     network.load_state_dict(found)
+
+
+def fresh_details(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give what weights from before an image encoder had details lack of it.
+
+    Args:
+        found: the weights, by SAM's names.
+        expected: what they are loaded into, likewise.
+
+    Returns:
+        The details' weights in the image encoder as they are, and zeros in the mask decoder, so that nothing of them
+        enters the masks until something was learned. Empty where `found` has any of them, or `expected` none.
+    """
+    if any(DETAILS in name for name in found):
+        return {}
+    return {
+        name: torch.zeros_like(value) if name.startswith("mask_decoder.") else value
+        for name, value in expected.items()
+        if DETAILS in name
+    }
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:

@@ -80,7 +80,7 @@ class StartFiles:
             image_encoder = build_image_encoder(encoder, image_size=image_size)
             sizes: tuple[int, int] = (image_encoder.grid_size, image_encoder.image_size)  # type: ignore[assignment]
             prompt_encoder = build_prompt_encoder(grid_size=sizes[0], image_size=sizes[1])
-            mask_decoder = build_mask_decoder()
+            mask_decoder = build_mask_decoder(detail_channels=getattr(image_encoder, "detail_channels", ()))
         parts: dict[str, torch.nn.Module] = {"image_encoder": image_encoder, "prompt_encoder": prompt_encoder}
         parts["mask_decoder"] = mask_decoder
         path = self.folder / f"start_seed_{seed}_{encoder}_{sizes[1]}.pt"

@@ -697,3 +697,18 @@ def test_a_file_from_before_the_details_starts_a_network_with_them(tmp_path):
     save_state_dict(detailed.state_dict(), tmp_path / "detailed.pt")
     with pytest.raises(CheckpointError, match=r"compact encoder with details and does not fit"):
         load_weights(plain, tmp_path / "detailed.pt")
+
+
+def test_sam_parts_from_before_the_details_start_a_network_with_them(tmp_path):
+    settings = {"image_size": 32, "class_ids": [1], "channels": [8, 16, 32]}
+    plain = AutoMedSAM(image_encoder="compact", **settings)
+    detailed = AutoMedSAM(image_encoder="compact_detailed", **settings)
+    for values in detailed.mask_decoder.details.parameters():
+        torch.nn.init.ones_(values)  # what was learned of details does not belong to other weights
+    encoder = {name: value.clone() for name, value in detailed.image_encoder.details.state_dict().items()}
+    save_state_dict(plain.sam_parts().state_dict(), tmp_path / "parts.pt")
+    load_weights(detailed, tmp_path / "parts.pt")
+    for name, value in plain.sam_parts().state_dict().items():
+        assert torch.equal(detailed.state_dict()[name], value), name
+    assert all(torch.equal(detailed.image_encoder.details.state_dict()[name], value) for name, value in encoder.items())
+    assert not any(values.any() for values in detailed.mask_decoder.details.parameters())
