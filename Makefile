@@ -72,7 +72,7 @@ dist: setup
 	rm -rf dist
 	$(BIN)/automedsam publish --output dist
 
-# How the model that comes with the bundle was made, in four stages; docs/model.md. DATA is the folder of its data sets.
+# How the model that comes with the bundle was made, in five stages; docs/model.md. DATA is the folder of its data sets.
 # OPTIONS="--max_epochs 1 --val_interval 1 --image_size 32" makes all of it small; a stage that broke off goes on from its
 # last.pt.
 DATA ?= data
@@ -94,6 +94,8 @@ generalist: setup
 		--max_epochs 9 --val_interval 9 $(OPTIONS)
 	$(call STAGE,$(GENERALIST)/masks),experiments/joint_tuning.yaml,experiments/mask_tuning.yaml \
 		--pretrained $(GENERALIST)/joint/model.pt --max_epochs 6 --val_interval 6 $(OPTIONS)
+	$(call STAGE,$(GENERALIST)/details),experiments/detail_tuning.yaml --pretrained $(GENERALIST)/masks/model.pt \
+		--max_epochs 24 --val_interval 8 $(OPTIONS)
 
 # The figures of that model, compared with those in configs/metadata.json.
 evaluate-shipped: setup

@@ -136,7 +136,7 @@ def test_the_figures_of_the_metadata_are_reproduced(bundle_root, shared, tmp_pat
 
 @pytest.mark.slow
 def test_the_recipe_leads_from_nothing_to_a_model_of_classes_and_boxes(shared, tmp_path):
-    """`make generalist` in small: the four stages on two of the data sets, each from what the one before has left."""
+    """`make generalist` in small: the five stages on two of the data sets, each from what the one before has left."""
     lists = []
     for name in ("ph2_dermoscopy", "covid_chest_xray"):
         cli.prepare("shared", source=str(shared / "data" / name), output=str(tmp_path / name), progress_bar=False)
@@ -144,18 +144,18 @@ def test_the_recipe_leads_from_nothing_to_a_model_of_classes_and_boxes(shared, t
     small = {"image_size": 32, "channels": [8, 16, 32], "batch_size": 16, "max_epochs": 1, "val_interval": 1}
     start = {}
     stages = {name: [name] for name in ("encoder_start", "class_prompts", "joint_tuning")}
-    stages["mask_tuning"] = ["joint_tuning", "mask_tuning"]
+    stages |= {"mask_tuning": ["joint_tuning", "mask_tuning"], "detail_tuning": ["detail_tuning"]}
     for stage, names in stages.items():
         overlays = [f"experiments/{name}.yaml" for name in ("from_scratch", "generalist", *names)]
         cli.train(lists, output=str(tmp_path / stage), config=overlays, **small, **start, progress_bar=False)
         start = {"pretrained": str(tmp_path / stage / "model.pt")}
     set_determinism(seed=None)
-    first, last = (ModelCard.beside(tmp_path / stage / "model.pt") for stage in ("encoder_start", "mask_tuning"))
+    first, last = (ModelCard.beside(tmp_path / stage / "model.pt") for stage in ("encoder_start", "detail_tuning"))
     assert (first.trained, first.learned["boxes_trained"]) == ({}, True)
     assert set(last.trained) == {"dermoscopy", "xray"}
     assert last.learned["boxes_trained"]
     assert last.learned["quality_head"]
-    assert last.network["class_code"] == "learned"
+    assert (last.network["class_code"], last.network["image_encoder"]) == ("learned", "compact_detailed")
     picture = next((shared / "data" / "ph2_dermoscopy" / "images").iterdir())
     words = {"checkpoint": start["pretrained"], "modality": "dermoscopy", "output": str(tmp_path / "out")}
     cli.infer(str(picture), **words, progress_bar=False)
