@@ -65,7 +65,15 @@ class CaseEvaluator(SupervisedEvaluator):
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
         """Segment one case, or write down why it cannot be."""
         if FAILURE not in batchdata:
-            return super()._iteration(engine, batchdata)
+            try:
+                return super()._iteration(engine, batchdata)
+            except Exception as error:  # MONAI wraps what its transforms raise
+                reason = intended_error(error)
+                if not isinstance(reason, InputError):
+                    raise
+            # Some is seen at the end alone, such as a DICOM series on whose slices no label map can be laid.
+            batchdata = {"case": batchdata["case"], FAILURE: str(reason)}
+            cast(Any, engine.state).batch = batchdata
         self.failures[batchdata["case"]] = batchdata[FAILURE]
         logger.error("%s", batchdata[FAILURE])
         return {}

@@ -482,6 +482,30 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_computed(tmp_path,
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_series_with_a_slice_elsewhere_leaves_the_others_alone(tmp_path, phantom_model, capsys):
+    """The volume can be read, for its ends fit; where its segmentation would lie is seen at the end."""
+    everything = tmp_path / "studies"
+    everything.mkdir()
+    for number in range(3):
+        phantom = make_phantom(np.random.default_rng(number), size=32, slices=12)
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ phantom.affine
+        series = save_series(tmp_path / str(number), phantom.hu, affine, uid=f"{SERIES}.{number}")
+        for file in series.iterdir():
+            header = pydicom.dcmread(file)
+            left, back, up = header.ImagePositionPatient
+            within = header.SOPInstanceUID.endswith(".6")
+            header.ImagePositionPatient = [left + 9 * (number == 1 and within), back, up]
+            header.save_as(everything / f"{number}_{file.name}")
+    words = ["--checkpoint", phantom_model, "--output", tmp_path / "out", "--output_format", "dicom-seg"]
+    with pytest.raises(SystemExit) as ended:
+        infer(everything, *words)
+    assert ended.value.code == 1
+    assert "1 of 3 cases failed: " in capsys.readouterr().err
+    written = [pydicom.dcmread(path) for path in (tmp_path / "out").glob("*.dcm")]
+    referred = {item.ReferencedSeriesSequence[0].SeriesInstanceUID for item in written}
+    assert referred == {f"{SERIES}.0", f"{SERIES}.2"}
+
+
 def test_another_format_is_refused(tmp_path, study, capsys):
     with pytest.raises(SystemExit):
         infer(study, "--output", tmp_path / "out", "--output_format", "dicom")

@@ -118,6 +118,36 @@ def test_the_cases_around_a_bad_one_are_segmented(three_cases, caplog):
         evaluator.raise_failures()
 
 
+def test_a_case_whose_result_fits_nowhere_leaves_the_others_alone(make_case):
+    """Refused after the network, as by a DICOM series on whose slices no label map can be laid."""
+    kept, scored = [], []
+
+    def keep(data):
+        if data["case"] == "odd":
+            raise InputError("odd: the slices lie elsewhere")
+        kept.append(data["case"])
+        return data
+
+    evaluator = evaluator_of([make_case(name) for name in ("first", "odd", "last")], postprocessing=Compose([keep]))
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: scored.append(len(engine.state.output)))
+    evaluator.run()
+    assert kept == ["first", "last"]
+    assert scored == [1, 0, 1]
+    with pytest.raises(InputError, match=r"^1 of 3 cases failed: odd \(odd: the slices lie elsewhere\)$"):
+        evaluator.raise_failures()
+
+
+@pytest.mark.parametrize("error", [OutputError("the disk is full"), KeyError("pred")])
+def test_what_is_no_fault_of_the_case_ends_the_run(make_case, error):
+    def fail(data):
+        raise error
+
+    evaluator = evaluator_of([make_case(), make_case("b")], postprocessing=Compose([fail]))
+    with pytest.raises((RuntimeError, OutputError), match=r"disk is full|applying transform"):
+        evaluator.run()
+    assert evaluator.failures == {}
+
+
 def test_every_failure_is_named(make_case):
     evaluator = evaluator_of([make_case(name) for name in ("bad one", "good", "bad two")])
     evaluator.run()
