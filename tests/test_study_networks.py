@@ -227,6 +227,14 @@ def test_a_beginning_fits_both_networks(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_beginning_of_the_encoder_with_details_has_them_in_both_parts(tmp_path):
+    start = StartFiles(tmp_path, FileDigests()).seeded("compact_detailed", 32, 0)
+    network = AutoMedSAM(image_encoder="compact_detailed", image_size=32)
+    load_weights(network, start)
+    state = read_state_dict(start)
+    assert {name for name in network.sam_parts().state_dict() if ".details." in name} <= set(state)
+
+
 def test_rows_of_one_network_begin_by_themselves_as_before(tiny_phantoms, tmp_path):
     rows = planned(
         tiny_phantoms, tmp_path, StudyRow("plain"), settings={"pretrained": None, "train_image_encoder": True}
@@ -277,7 +285,7 @@ def test_what_is_common_stands_whatever_overlays_say(tiny_phantoms, tmp_path):
 def test_what_is_common_and_shipped_alike_makes_no_other_run(tiny_phantoms, tmp_path):
     """So the AutoMedSAM of a table stays complete when a row of another network joins it."""
     row = StudyRow("AutoMedSAM")
-    common = {"image_encoder": "compact", "image_size": 128, "max_epochs": 100, **FROZEN}
+    common = {"image_encoder": "compact_detailed", "image_size": 128, "max_epochs": 100, **FROZEN}
     alone = planned(tiny_phantoms, tmp_path, row)
     joined = planned(tiny_phantoms, tmp_path, row, StudyRow("HSP-SAM", overlays=HSP_SAM), common=common)
     assert joined.training_fingerprint(row, 0) == alone.training_fingerprint(row, 0)

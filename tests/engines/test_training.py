@@ -202,7 +202,8 @@ def test_only_what_should_learn_has_learned(whole, pretrained):
 
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_without_weights_the_image_encoder_learns_too(train, pretrained, tmp_path, nothing):
-    folder = train(tmp_path, pretrained=nothing, train_image_encoder=True, max_epochs=1, val_interval=1)
+    words = {"image_encoder": "compact", "train_image_encoder": True, "max_epochs": 1, "val_interval": 1}
+    folder = train(tmp_path, pretrained=nothing, **words)
     held = [len(group["params"]) for group in states(folder)["optimizer"]["param_groups"]]
     names = [name for name in read_state_dict(pretrained) if not name.startswith("prompt_encoder.")]
     assert held == [len(names), 1]
