@@ -73,7 +73,6 @@ class CaseEvaluator(SupervisedEvaluator):
                     raise
             # Some is seen at the end alone, such as a DICOM series on whose slices no label map can be laid.
             batchdata = {"case": batchdata["case"], FAILURE: str(reason)}
-            cast(Any, engine.state).batch = batchdata
         self.failures[batchdata["case"]] = batchdata[FAILURE]
         logger.error("%s", batchdata[FAILURE])
         return {}
