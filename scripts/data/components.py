@@ -1,7 +1,7 @@
-"""Small components: leaving out of masks what is too small to be a structure.
+"""Connected components: leaving out of masks what is too small to be a structure, or all but the largest.
 
-The published preparation of the training data does so, and the option is off by default: small structures are real too,
-and an evaluation that leaves them out is another one.
+The published preparation of the training data leaves small ones out, and the option is off by default: small structures
+are real too, and an evaluation that leaves them out is another one.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -46,6 +46,22 @@ def remove_small_components(masks: np.ndarray, *, voxels: int, pixels: int) -> n
             _clear_small(mask, smallest=voxels, neighbours=_IN_VOLUME)
         _clear_small(mask, smallest=pixels, neighbours=_IN_SLICE)
     return kept
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """Keep the largest connected object of a mask, with 26 neighbours.
+
+    Args:
+        mask: three axes, bool.
+
+    Returns:
+        A mask of the same shape, bool; of objects of one size the first in the order of the axes.
+    """
+    labels, count = ndimage.label(mask, structure=_IN_VOLUME)
+    if count < 2:
+        return mask.copy()
+    sizes = np.bincount(labels.ravel())
+    return labels == 1 + np.argmax(sizes[1:])
 
 
 def _clear_small(mask: np.ndarray, *, smallest: int, neighbours: np.ndarray) -> None:

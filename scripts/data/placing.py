@@ -54,10 +54,12 @@ class ImagePrompts:
     Attributes:
         class_ids: the classes asked for by name, ascending.
         objects: what has a box or points.
+        modality: canonical name of the image's, None where unknown.
     """
 
     class_ids: tuple[int, ...]
     objects: tuple[PromptedObject, ...] = ()
+    modality: str | None = None
 
     @property
     def channels(self) -> list[int]:
@@ -112,7 +114,7 @@ class PlacePromptsd(Transform):
         image: MetaTensor = case["image"]
         matrix = _to_current_pixels(image)
         objects = [PromptedObject(class_id, _placed(prompt, matrix)) for class_id, prompt in case["prompted_objects"]]
-        image.meta["prompts"] = ImagePrompts(tuple(case["named_ids"]), tuple(objects))
+        image.meta["prompts"] = ImagePrompts(tuple(case["named_ids"]), tuple(objects), case.get("modality"))
         return case
 
 

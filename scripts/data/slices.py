@@ -6,7 +6,7 @@ any number of workers and of processes.
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 
 from scripts.data.embeddings import SliceEmbeddings
 from scripts.data.fitting import fit_masks_to_square, fitted_shape, network_slices
+from scripts.data.orientations import Orientation, draw_orientation, read_orientations, reoriented
 from scripts.data.vocabulary import Vocabulary
-from scripts.errors import ConfigError, InputError, PromptError
+from scripts.errors import ConfigError, InputError
 from scripts.losses.shape_distance import DistanceMap, distance_map
 
 logger = logging.getLogger(__name__)
 LARGEST_SEED = 2**31 - 1
 _OF_VERSIONS = 2**31  # keeps the draws of fixed versions apart from those of epochs
-Orientation = Literal["none", "mirror", "all"]
 
 
 class SlicesToSquared(MapTransform):
@@ -111,43 +111,6 @@ def choose_impossible(impossible: np.ndarray, *, count: int, share: float, rng: 
         pool = pool or _shuffled(impossible, rng)
         drawn.append(pool.pop())
     return np.array(drawn, dtype=int)
-
-
-def draw_orientation(kind: Orientation, rng: np.random.Generator) -> tuple[bool, int]:
-    """Draw how to lay a picture: whether mirrored left to right, and then by how many quarter turns.
-
-    Args:
-        kind: "none" draws nothing, "mirror" one of two, "all" one of eight.
-        rng: source of the draw.
-    """
-    if kind == "none":
-        return False, 0
-    if kind == "mirror":
-        return bool(rng.integers(2)), 0
-    mirrored, turns = divmod(int(rng.integers(8)), 4)
-    return bool(mirrored), turns
-
-
-def reoriented(layers: torch.Tensor, *, content: tuple[int, int], mirrored: bool, turns: int) -> torch.Tensor:
-    """Mirror and turn what a square holds, so that its padding stays at the bottom and on the right.
-
-    Args:
-        layers: `(..., S, S)` with the content at the top left.
-        content: rows and columns of the content.
-        mirrored: left to right, before turning.
-        turns: quarter turns, anticlockwise.
-
-    Returns:
-        `(..., S, S)`; after an odd number of turns rows and columns of the content have changed places.
-    """
-    rows, columns = content
-    inner = layers[..., :rows, :columns]
-    if mirrored:
-        inner = inner.flip(-1)
-    inner = torch.rot90(inner, turns, dims=(-2, -1))
-    result = torch.zeros_like(layers)
-    result[..., : inner.shape[-2], : inner.shape[-1]] = inner
-    return result
 
 
 def _shuffled(chosen: np.ndarray, rng: np.random.Generator) -> list[int]:
@@ -515,17 +478,10 @@ def _read_orientations(
     orientations: Mapping[str, Orientation], class_ids: np.ndarray, vocabulary: Vocabulary
 ) -> dict[str, Orientation]:
     """Check how images may be laid, by the canonical name of their modality."""
-    kinds: dict[str, Orientation] = {}
-    for name, kind in orientations.items():
-        if kind not in get_args(Orientation):
-            raise ConfigError(f"the orientation of {name} is one of {', '.join(get_args(Orientation))}, not {kind!r}")
-        try:
-            modality = vocabulary.modality(name).name
-        except PromptError as error:
-            raise ConfigError(f"orientations: {error}") from error
+    kinds = read_orientations(orientations, vocabulary)
+    for modality, kind in kinds.items():
         if kind != "none":
             _require_partners(modality, class_ids, vocabulary)
-        kinds[modality] = kind
     return kinds
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from scripts.data.components import largest_component
 from scripts.errors import PromptError
 
 ABSENT_LOGIT = -1e4  # of a class that was not asked for: probability 0 in half precision too
@@ -104,7 +105,7 @@ class CaseAnswers:
             return
         probabilities = torch.stack([torch.sigmoid(logits.float()) for logits in draws])
         spread, mean = torch.std_mean(probabilities, dim=0, correction=0)
-        self.logits[where] = torch.logit(mean, _SURE).half()
+        self.logits[where] = logit_of_mean(mean).half()
         self.uncertainty[where] = spread.half()
 
     def repeat(self, place: int, source: int) -> None:
@@ -113,6 +114,20 @@ class CaseAnswers:
             if values is not None:
                 values[place] = values[source]
 
+    def keep_largest(self, columns: Sequence[int]) -> None:
+        """Keep of some classes, in a case of several slices, the largest connected body; elsewhere they are absent."""
+        if self.logits.shape[0] == 1:
+            return
+        for column in columns:
+            logits = self.logits[:, column]  # (D, H, W), a view
+            mask = (logits > 0).cpu().numpy()
+            gone = torch.from_numpy(mask & ~largest_component(mask)).to(logits.device)
+            logits[gone] = ABSENT_LOGIT
+            if self.quality is not None:
+                area = (logits > 0).sum(dim=(1, 2)).cpu()
+                self.quality.area[:, column] = area
+                self.quality.overlaps[area == 0, column] = 0
+
     def result(self) -> torch.Tensor | SampledLogits | JudgedLogits:
         """Give all answers as `(1, K, H, W, D)`: the logits, what several draws say together, or with the quality."""
         logits = self.logits.permute(1, 2, 3, 0).unsqueeze(0)  # (D, K, H, W) -> (1, K, H, W, D)
@@ -120,6 +135,11 @@ class CaseAnswers:
         if self.quality is not None:
             return JudgedLogits(logits, spread, self.quality)
         return logits if spread is None else SampledLogits(logits, spread)
+
+
+def logit_of_mean(probability: torch.Tensor) -> torch.Tensor:
+    """Give the logit of a mean of probabilities, which stays a number where all are 0 or 1."""
+    return torch.logit(probability, _SURE)
 
 
 def merge_channels(

@@ -175,6 +175,7 @@ class PrepareCase(PrepareBatch):
         arguments: dict[str, Any] = {"case": batchdata["case"]}
         if self.class_ids is not None:
             arguments["class_ids"] = self.class_ids
+            arguments["modality"] = batchdata.get("modality")  # else it is in the metadata too
             arguments["presence"] = self._questions(batchdata)
         if self.boxes:
             arguments["boxes"] = tight_boxes(convert_to_tensor(batchdata["label"], track_meta=False)).unsqueeze(0)

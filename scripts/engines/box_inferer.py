@@ -55,7 +55,8 @@ class BoxPromptInferer(ClassPromptInferer):
         offset: how far each side of a box is moved outwards, in pixels of the network's square input; `whole` takes
             the whole image for the box.
         settings: of `ClassPromptInferer`. The prompts have no noise, so that `noise_seed` changes nothing, and a box
-            says that something is there, so that `smallest_quality` does not count.
+            says that something is there, so that `smallest_quality`, `averaged_orientations` and `largest_component`
+            do not count.
 
     Raises:
         ConfigError: an offset below 0, several samples, which would all be the same, or a runtime other than torch.
@@ -71,6 +72,8 @@ class BoxPromptInferer(ClassPromptInferer):
             )
         self.offset = offset
         self.smallest_quality = 0.0
+        self.positions = {}
+        self.largest_component = False
         self._boxes = torch.empty(0)
 
     def __call__(  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -10,13 +10,16 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from scripts.data.embeddings import EmbeddingStore, slices_key
-from scripts.data.fitting import network_slices, restore_from_square
+from scripts.data.fitting import fitted_shape, network_slices, restore_from_square
+from scripts.data.orientations import POSITIONS, UPRIGHT, Orientation, Position, read_orientations
 from scripts.data.placing import ImagePrompts, PromptedObject
+from scripts.data.vocabulary import Vocabulary
 from scripts.engines.acceleration import require_bfloat16
-from scripts.engines.answers import ABSENT_LOGIT, CaseAnswers, JudgedLogits, SampledLogits
+from scripts.engines.answers import ABSENT_LOGIT, CaseAnswers, JudgedLogits, SampledLogits, logit_of_mean
 from scripts.engines.batches import diffusion_noise
 from scripts.engines.runtimes import OnnxNetwork, choose_runtime
 from scripts.errors import ConfigError, PromptError
@@ -37,6 +40,7 @@ class CaseSlices:
         places: where the n slices are in the case.
         pixels: as the network takes them, `(n, 3, S, S)`.
         asked: what is asked for in which slice, `(K, n)` bool, on the CPU.
+        positions: in which the network is to be shown them.
     """
 
     case: str
@@ -45,6 +49,7 @@ class CaseSlices:
     places: list[int]
     pixels: torch.Tensor
     asked: torch.Tensor
+    positions: tuple[Position, ...] = (UPRIGHT,)
 
     def some(self, rows: Sequence[int]) -> "CaseSlices":
         """Give some of them, by their numbers from 0 to n - 1."""
@@ -55,6 +60,30 @@ class CaseSlices:
             pixels=self.pixels[chosen],
             asked=self.asked[:, chosen],
         )
+
+
+@dataclass(frozen=True)
+class LaidSlices:
+    """Slices as the network is shown them, in one of several positions.
+
+    Attributes:
+        slices: with the pixels laid so, and what is asked of them then: in a mirrored image for each class's partner.
+        position: how they were laid.
+        content: rows and columns (h, w) that the upright image fills of the square.
+        embeddings: of the pixels, `(n, 256, h', w')`.
+    """
+
+    slices: CaseSlices
+    position: Position
+    content: tuple[int, int]
+    embeddings: torch.Tensor
+
+    def upright(self, squares: torch.Tensor) -> torch.Tensor:
+        """Lay logits `(B, K, s, s)` of these slices upright: `(B, K, S, S)`."""
+        size = self.slices.pixels.shape[-2:]
+        # To the square's pixels first, as `restore_from_square` does: there the content has whole rows and columns.
+        fine = interpolate(squares.float(), size, mode="bilinear", align_corners=False)
+        return self.position.undo(fine, content=self.content)
 
 
 class ClassPromptInferer(Inferer):
@@ -78,13 +107,20 @@ class ClassPromptInferer(Inferer):
         quality: whether the answer tells what it says of its own quality.
         smallest_quality: of a class in a slice, the least intersection over union that the mask decoder must expect of
             its mask, 0 to 1; below, the class comes out absent there. For networks whose quality head was trained.
+        averaged_orientations: modality -> "none", "mirror" or "all": the network is shown each slice of it in these
+            positions, and what it says of a class in them, probabilities and quality, is averaged. With "all", the
+            eight, the answer does not depend on how an image lies. Boxes and points are asked upright alone.
+        vocabulary: the modalities, and which class is another one's partner; needed for `averaged_orientations`.
+        largest_component: of each class asked for by name in a volume, only the largest connected body (26 neighbours)
+            stays. For organs of which there is one; single slices and pictures, objects in boxes and at points stay as
+            they are.
 
     Attributes:
         store: of the network's image encoder, to read embeddings from and to keep new ones in; None for none.
 
     Raises:
-        ConfigError: several samples without a seed, an unknown precision, bfloat16 on another runtime, or a quality
-            outside 0 to 1.
+        ConfigError: several samples without a seed, an unknown precision, bfloat16 on another runtime, a quality
+            outside 0 to 1, or orientations that are none or come without the vocabulary.
     """
 
     def __init__(
@@ -101,6 +137,9 @@ class ClassPromptInferer(Inferer):
         progress: bool = False,
         quality: bool = False,
         smallest_quality: float = 0.0,
+        averaged_orientations: Mapping[str, Orientation] | None = None,
+        vocabulary: Vocabulary | None = None,
+        largest_component: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= smallest_quality <= 1:
@@ -122,6 +161,9 @@ class ClassPromptInferer(Inferer):
         self.progress = progress
         self.quality = quality
         self.smallest_quality = smallest_quality
+        self.vocabulary = vocabulary
+        self.positions = _positions_of(averaged_orientations or {}, vocabulary)
+        self.largest_component = largest_component
         self.store: EmbeddingStore | None = None
         self._chosen: tuple[AutoMedSAM, AutoMedSAM | OnnxNetwork] | None = None
 
@@ -132,6 +174,7 @@ class ClassPromptInferer(Inferer):
         class_ids: Sequence[int] | torch.Tensor | None = None,
         presence: torch.Tensor | None = None,
         case: str = "",
+        modality: str | None = None,
         **_: Any,
     ) -> torch.Tensor | SampledLogits | JudgedLogits:
         """Segment one case.
@@ -144,6 +187,7 @@ class ClassPromptInferer(Inferer):
             presence: `(1, K, D)` bool, which class to ask for in which slice; None for all everywhere. What is not
                 asked for comes out absent.
             case: its name, which seeds the noise.
+            modality: its canonical name, for `averaged_orientations`; where None, what `PlacePromptsd` wrote.
 
         Returns:
             Logits `(1, K, H, W, D)` in the case's own pixels, in half precision; of several samples `SampledLogits`,
@@ -153,12 +197,16 @@ class ClassPromptInferer(Inferer):
             ConfigError: a runtime or a precision that the device does not have.
             PromptError: boxes or points in the metadata, which this inferer does not ask for.
         """
-        if class_ids is None and (prompts := written_prompts(inputs)) is not None:
+        prompts = written_prompts(inputs)
+        if class_ids is None and prompts is not None:
             if prompts.objects:
                 raise PromptError(f"{type(self).__name__} asks for classes alone: leave boxes and points out.")
             class_ids = prompts.class_ids
+        if modality is None and prompts is not None:
+            modality = prompts.modality
         chosen = class_ids if class_ids is not None else self.class_ids or self._choose(network).class_ids
-        return self._answer(inputs, network, [int(class_id) for class_id in chosen], presence=presence, case=case)
+        questions = [int(class_id) for class_id in chosen]
+        return self._answer(inputs, network, questions, presence=presence, case=case, modality=modality)
 
     def _answer(
         self,
@@ -168,6 +216,7 @@ class ClassPromptInferer(Inferer):
         *,
         presence: torch.Tensor | None,
         case: str,
+        modality: str | None,
     ) -> torch.Tensor | SampledLogits | JudgedLogits:
         """Answer K questions about a case, each in the slices of `presence` `(1, K, D)` or in all."""
         model = self._choose(network)
@@ -183,9 +232,11 @@ class ClassPromptInferer(Inferer):
         )
         with self._mixed(image.device):
             for slices, repeated in self._distinct(image, questions, asked, case, model.image_size):
-                self._segment(model, slices, answers)
+                self._segment(model, replace(slices, positions=self.positions.get(modality or "", (UPRIGHT,))), answers)
                 for place, source in repeated:
                     answers.repeat(place, source)
+        if self.largest_component:
+            answers.keep_largest([column for column, question in enumerate(questions) if isinstance(question, int)])
         return answers.result()
 
     def embed(self, inputs: torch.Tensor, network: torch.nn.Module) -> int:
@@ -255,17 +306,67 @@ class ClassPromptInferer(Inferer):
 
     def _segment(self, model: AutoMedSAM | OnnxNetwork, slices: CaseSlices, answers: CaseAnswers) -> None:
         """Ask what is asked of n slices."""
-        embeddings = self._embed(model, slices.pixels)
+        laid = [self._lay(model, slices, position) for position in slices.positions if slices.places]
         for rows, columns in self._bundles(slices):
-            embedding = embeddings[rows]
+            of_classes = isinstance(slices.questions[columns[0]], int)
             draws, qualities = [], []
             for sample in range(self.samples):
-                prompts = self._prompts(model, embedding, slices, (rows, columns), sample)
-                squares, quality = model.decode(embedding, prompts)  # (B, K, S, S), (B, K)
+                squares, quality = self._ask(model, laid if of_classes else laid[:1], (rows, columns), sample)
                 qualities.append(quality)
                 squares = self._without_doubtful(squares, quality, slices, columns)
                 draws.append(restore_from_square(squares.float(), size=model.image_size, original=slices.original))
             answers.put([slices.places[row] for row in rows], columns, draws, qualities)
+
+    def _lay(self, model: AutoMedSAM | OnnxNetwork, slices: CaseSlices, position: Position) -> LaidSlices:
+        """Lay slices in a position, upright as they are, and embed them."""
+        content = fitted_shape(*slices.original, model.image_size)
+        if position != UPRIGHT:
+            pixels = position.lay(slices.pixels, content=content)
+            questions = self._mirrored(model, slices.questions) if position.mirrored else slices.questions
+            slices = replace(slices, pixels=pixels, questions=questions)
+        return LaidSlices(slices, position, content, self._embed(model, slices.pixels))
+
+    def _mirrored(self, model: AutoMedSAM | OnnxNetwork, questions: Sequence[Question]) -> list[Question]:
+        """Ask for each class's partner, which is where the class was, for all that a mirrored image shows."""
+        asked: list[Question] = []
+        for question in questions:
+            known = isinstance(question, int) and self.vocabulary is not None
+            partner = cast(Vocabulary, self.vocabulary).entry(cast(int, question)).partner if known else None
+            if partner is not None and partner not in model.class_ids:
+                raise ConfigError(
+                    f"a mirrored image shows class {partner} where class {question} was, and this network has learned "
+                    f"{list(model.class_ids)}: leave mirrored positions out of averaged_orientations"
+                )
+            asked.append(question if partner is None else partner)
+        return asked
+
+    def _ask(
+        self,
+        model: AutoMedSAM | OnnxNetwork,
+        laid: Sequence[LaidSlices],
+        asked: tuple[Sequence[int], Sequence[int]],
+        sample: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask about B slices and K questions in each position: logits `(B, K, s, s)` and quality `(B, K)` together."""
+        if len(laid) == 1:
+            return self._decode(model, laid[0], asked, sample)
+        probability, quality = torch.zeros(()), torch.zeros(())
+        for one in laid:
+            squares, expected = self._decode(model, one, asked, sample)
+            probability = probability + torch.sigmoid(one.upright(squares)) / len(laid)
+            quality = quality + expected.float() / len(laid)
+        return logit_of_mean(probability), quality
+
+    def _decode(
+        self,
+        model: AutoMedSAM | OnnxNetwork,
+        laid: LaidSlices,
+        asked: tuple[Sequence[int], Sequence[int]],
+        sample: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask about slices as they lie: logits `(B, K, s, s)` as they lie too, and quality `(B, K)`."""
+        embedding = laid.embeddings[list(asked[0])]
+        return model.decode(embedding, self._prompts(model, embedding, laid.slices, asked, sample))
 
     def _without_doubtful(
         self, squares: torch.Tensor, quality: torch.Tensor, slices: CaseSlices, columns: Sequence[int]
@@ -345,6 +446,18 @@ class ClassPromptInferer(Inferer):
         seeds = torch.tensor([_seed_of(self.noise_seed, *place, sample) for place in places])
         noise = diffusion_noise(seeds, prompts=1, grid_size=model.grid_size)  # (B K, 1, C, h, w)
         return noise.reshape(*shape, *noise.shape[2:]).to(device)
+
+
+def _positions_of(
+    orientations: Mapping[str, Orientation], vocabulary: Vocabulary | None
+) -> dict[str, tuple[Position, ...]]:
+    """Give the positions to average over, by the canonical names of the modalities."""
+    if not orientations:
+        return {}
+    if vocabulary is None:
+        raise ConfigError("averaged_orientations need the vocabulary; give the inferer vocabulary")
+    kinds = read_orientations(orientations, vocabulary, setting="averaged_orientations")
+    return {modality: POSITIONS[kind] for modality, kind in kinds.items()}
 
 
 def written_prompts(inputs: torch.Tensor) -> ImagePrompts | None:

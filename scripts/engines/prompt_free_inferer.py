@@ -22,7 +22,8 @@ class PromptFreeInferer(ClassPromptInferer):
             `noise_seed` change nothing.
 
     Raises:
-        ConfigError: what this network has not: several samples, a runtime other than torch, or a quality.
+        ConfigError: what this network has not: several samples, a runtime other than torch, a quality, or what is made
+            of the answers to prompts.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -31,6 +32,8 @@ class PromptFreeInferer(ClassPromptInferer):
             raise ConfigError(
                 "HSP-SAM draws no noise and does not judge its masks: leave samples, quality and smallest_quality out"
             )
+        if self.positions or self.largest_component:
+            raise ConfigError("HSP-SAM answers as it is: leave averaged_orientations and largest_component out")
         if self.runtime != "torch":
             raise ConfigError(f"HSP-SAM has the runtime torch alone, not {self.runtime}: leave runtime out")
 

@@ -37,6 +37,7 @@ class PromptedInferer(ClassPromptInferer):
         class_ids: Sequence[int] | torch.Tensor | None = None,
         presence: torch.Tensor | None = None,
         case: str = "",
+        modality: str | None = None,
         prompts: ImagePrompts | None = None,
         **_: Any,
     ) -> torch.Tensor | SampledLogits | JudgedLogits:
@@ -48,6 +49,7 @@ class PromptedInferer(ClassPromptInferer):
             class_ids: classes alone, as for `ClassPromptInferer`; leave them out where there are prompts.
             presence: as for `ClassPromptInferer`, of `class_ids`.
             case: its name.
+            modality: as for `ClassPromptInferer`.
             prompts: what is asked for; None for what is in the metadata of `inputs`.
 
         Returns:
@@ -60,13 +62,15 @@ class PromptedInferer(ClassPromptInferer):
         asked = prompts or written_prompts(inputs)
         if class_ids is not None or asked is None or not asked.objects:
             named = class_ids if class_ids is not None or asked is None else asked.class_ids
-            return super().__call__(inputs, network, class_ids=named, presence=presence, case=case)
+            return super().__call__(inputs, network, class_ids=named, presence=presence, case=case, modality=modality)
         if self.runtime != "torch":
             raise ConfigError(f"boxes and points have the runtime torch alone, not {self.runtime}: leave runtime out")
         questions: list[Question] = [*asked.class_ids, *asked.objects]
         slices = torch.arange(inputs.shape[4])
         wanted = [_slices_of(question, slices) for question in questions]
-        answer = self._answer(inputs, network, questions, presence=torch.stack(wanted).unsqueeze(0), case=case)
+        presence = torch.stack(wanted).unsqueeze(0)  # (1, K, D)
+        modality = modality or asked.modality
+        answer = self._answer(inputs, network, questions, presence=presence, case=case, modality=modality)
         return merge_channels(answer, _channels_of(asked))
 
     def _bundles(self, slices: CaseSlices) -> Iterator[tuple[list[int], list[int]]]:

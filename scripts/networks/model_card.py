@@ -12,7 +12,8 @@ from scripts.files import atomic_path
 ARCHITECTURES = ("automedsam", "hsp_sam", "unet")
 SETTINGS = ("network", "preprocessing", "postprocessing", "trained")  # which become settings of a config
 OLDER = {"automedsam": {"class_code": "scalar"}}  # what a card means that was written before there was a setting
-NOTHING_CHOSEN = {"smallest_quality": 0.0}  # what a card without postprocessing means, whatever a config's default is
+# What a card without postprocessing means, or without one of them, whatever a config's default is.
+NOTHING_CHOSEN: dict[str, Any] = {"smallest_quality": 0.0, "averaged_orientations": {}, "largest_component": False}
 CONFIG_SIGNS = ("$", "@", "%")  # by which a config knows what is to be evaluated or fetched
 
 
@@ -24,7 +25,8 @@ class ModelCard:
         network: arguments of `AutoMedSAM`, `HSPSAM` or `ClassUNet`, so that the weights fit.
         preprocessing: settings of the images' preparation, so that they look as in training: `window`, in HU.
         trained: modality -> names of the classes learned in it.
-        postprocessing: settings of what is made of the answers, chosen for these weights: `smallest_quality`.
+        postprocessing: settings of what is made of the answers, chosen for these weights: `smallest_quality`,
+            `averaged_orientations` and `largest_component`.
         training: how the weights came about: data set, epochs, seed, validation score.
         architecture: which network, one of `ARCHITECTURES`; a card that does not say so is AutoMedSAM's.
     """

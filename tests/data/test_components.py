@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from torch.nn.functional import max_pool3d
 
-from scripts.data.components import RemoveSmallComponentsd, remove_small_components
+from scripts.data.components import RemoveSmallComponentsd, largest_component, remove_small_components
 from scripts.errors import ConfigError
 
 
@@ -104,6 +104,20 @@ def test_a_single_slice_is_measured_in_pixels_alone():
 def test_nothing_stays_nothing(shape):
     masks = np.zeros(shape, dtype=np.uint8)
     assert np.array_equal(remove_small_components(masks, voxels=5, pixels=5), masks)
+
+
+def test_the_largest_object_by_hand():
+    long = ((6, 8), (6, 8), (0, 5))  # 20 voxels
+    assert np.array_equal(largest_component(volume(LARGE, long)[0]), volume(long)[0])
+    assert np.array_equal(largest_component(volume(LARGE, SMALL)[0]), volume(LARGE)[0])
+
+
+def test_objects_of_one_size_keep_the_first_and_nothing_stays_nothing():
+    two = np.zeros((4, 4, 2), dtype=bool)
+    two[0, 0, 0] = two[3, 3, 1] = True
+    assert np.argwhere(largest_component(two)).tolist() == [[0, 0, 0]]
+    assert not largest_component(np.zeros((3, 0, 2), dtype=bool)).size
+    assert not largest_component(np.zeros((3, 2, 2), dtype=bool)).any()
 
 
 def test_the_transform_keeps_type_and_geometry():

@@ -165,8 +165,9 @@ def test_without_classes_of_its_own_the_case_is_asked_for_what_it_names(make_cas
 
 
 def test_every_annotated_class_is_asked_for_in_every_slice(make_case):
-    case = make_case(classes=3, annotated=(1, 7))
+    case = {**make_case(classes=3, annotated=(1, 7)), "modality": "CT"}
     _, label, _, arguments = PrepareCase(class_ids=[7, 1, 3])(case, "cpu")
+    assert arguments["modality"] == "CT"
     assert torch.equal(label[0], case["label"].as_tensor())
     assert type(label) is torch.Tensor
     assert arguments["class_ids"] == [1, 3, 7]

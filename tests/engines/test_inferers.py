@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from scipy import ndimage
 from torch import nn
 
 from scripts.data.embeddings import EmbeddingShape, EmbeddingStore
 from scripts.data.fitting import network_slices, restore_from_square
+from scripts.data.placing import ImagePrompts
+from scripts.data.vocabulary import Vocabulary
 from scripts.engines.answers import ABSENT_LOGIT, CaseAnswers, SampledLogits
 from scripts.engines.inferers import ClassPromptInferer
 from scripts.errors import ConfigError, OutputError
@@ -429,3 +432,177 @@ def test_classes_of_too_little_quality_are_absent_and_the_rest_is_as_ever(
 def test_a_quality_is_a_share(quality):
     with pytest.raises(ConfigError, match=r"an intersection over union from 0 to 1"):
         ClassPromptInferer(smallest_quality=quality)
+
+
+# --- what the network says in several positions, averaged
+
+
+@pytest.fixture(scope="module")
+def vocabulary(bundle_root):
+    return Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    """Three slices whose pixels are those of the network's square, of which they fill a part: nothing is resized."""
+    return torch.rand((1, 1, 20, 32, 3), generator=torch.Generator().manual_seed(5)) * 255
+
+
+def laid(values, mirrored, turns):
+    """Turn values (..., H, W, D) as a viewer would turn the file."""
+    values = values.flip(-2) if mirrored else values
+    return torch.rot90(values, turns, dims=(-3, -2))
+
+
+def laid_back(values, mirrored, turns):
+    values = torch.rot90(values, -turns, dims=(-3, -2))
+    return values.flip(-2) if mirrored else values
+
+
+EIGHT = [(mirrored, turns) for mirrored in (False, True) for turns in range(4)]
+
+
+def averaging(vocabulary, kind="all", modality="CT", **settings):
+    return ClassPromptInferer(averaged_orientations={modality: kind}, vocabulary=vocabulary, **settings)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("none", EIGHT[:1]), ("mirror", [EIGHT[0], EIGHT[4]]), ("all", EIGHT)])
+@pytest.mark.parametrize(("slices_at_once", "prompts_at_once"), [(1, 1), (4, 16)])
+def test_the_answer_is_the_mean_of_those_for_turned_files(
+    network, sharp, vocabulary, kind, positions, slices_at_once, prompts_at_once
+):
+    settings = {"slices_at_once": slices_at_once, "prompts_at_once": prompts_at_once}
+    found = averaging(vocabulary, kind, **settings)(sharp, network, class_ids=[1, 2], modality="CT")
+    answers = [
+        torch.sigmoid(laid_back(ClassPromptInferer()(laid(sharp, *way), network, class_ids=[1, 2]).float(), *way))
+        for way in positions
+    ]
+    torch.testing.assert_close(torch.sigmoid(found.float()), torch.stack(answers).mean(dim=0), rtol=1e-3, atol=1e-3)
+
+
+def test_in_all_positions_the_answer_does_not_depend_on_how_the_image_lies(network, volume, vocabulary):
+    inferer = averaging(vocabulary)
+    asked = {"class_ids": [1, 2], "modality": "CT"}
+    expected = inferer(volume, network, **asked)
+    plain = ClassPromptInferer()(volume, network, class_ids=[1, 2])
+    for way in EIGHT[1:]:
+        found = laid_back(inferer(laid(volume, *way), network, **asked), *way)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-3)
+        upright = laid_back(ClassPromptInferer()(laid(volume, *way), network, class_ids=[1, 2]), *way)
+        assert (upright - plain).abs().max() > 10 * (found - expected).abs().max()
+
+
+def test_other_modalities_are_asked_upright_alone(network, volume, vocabulary):
+    expected = ClassPromptInferer()(volume, network, class_ids=[1])
+    for modality in ("MR", None):
+        assert torch.equal(averaging(vocabulary)(volume, network, class_ids=[1], modality=modality), expected)
+    assert not torch.equal(averaging(vocabulary)(volume, network, class_ids=[1], modality="CT"), expected)
+
+
+def test_the_modality_is_found_in_the_metadata(network, volume, vocabulary):
+    image = MetaTensor(volume.clone())
+    image.meta["prompts"] = ImagePrompts((1, 2), modality="CT")
+    expected = averaging(vocabulary)(volume, network, class_ids=[1, 2], modality="CT")
+    assert torch.equal(averaging(vocabulary)(image, network), expected)
+
+
+def test_a_mirrored_image_is_asked_for_the_partner(build_network, sharp, vocabulary):
+    left, right = 4, 5
+    network = build_network(class_ids=(left, right)).eval().requires_grad_(False)
+    found = averaging(vocabulary, "mirror", "MR")(sharp, network, class_ids=[left, right], modality="MR")
+    upright = ClassPromptInferer()(sharp, network, class_ids=[left, right]).float()
+    mirrored = ClassPromptInferer()(sharp.flip(-2), network, class_ids=[right, left]).float().flip(-2)
+    expected = (torch.sigmoid(upright) + torch.sigmoid(mirrored)) / 2
+    torch.testing.assert_close(torch.sigmoid(found.float()), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_partner_that_the_network_does_not_know_is_an_error(network, volume, vocabulary):
+    with pytest.raises(ConfigError, match="a mirrored image shows class 5 where class 4 was"):
+        averaging(vocabulary, "all", "MR")(volume, network, class_ids=[1, 4], modality="MR")
+
+
+def test_the_quality_is_the_mean_over_the_positions(network, sharp, vocabulary):
+    inferer = averaging(vocabulary, quality=True)
+    found = inferer(sharp, network, class_ids=[1, 2], modality="CT").quality.iou
+    expected = torch.stack([qualities_of(network, laid(sharp, *way), [1, 2]) for way in EIGHT]).mean(dim=0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_averaging_from_the_store_encodes_nothing_anew(network, sharp, vocabulary, tmp_path):
+    inferer = averaging(vocabulary)
+    inferer.store = EmbeddingStore(tmp_path, encoder="e", shape=EmbeddingShape(channels=256, rows=4, columns=4))
+    first = inferer(sharp, network, class_ids=[1], modality="CT")
+    encoded, hook = count_rows(network.image_encoder)
+    second = inferer(sharp, network, class_ids=[1], modality="CT")
+    hook.remove()
+    assert encoded == []
+    assert torch.equal(first, second)
+
+
+def test_orientations_need_the_vocabulary():
+    with pytest.raises(ConfigError, match="averaged_orientations need the vocabulary"):
+        ClassPromptInferer(averaged_orientations={"CT": "all"})
+
+
+# --- of what there is one of, the largest body
+
+
+def test_of_each_class_the_largest_body_of_a_volume_stays(network, vocabulary):
+    image = torch.rand((1, 1, 12, 20, 5), generator=torch.Generator().manual_seed(8)) * 255
+    plain = ClassPromptInferer()(image, network, class_ids=[1, 2, 4])[0]
+    median = plain.flatten(1).median(dim=1).values  # so that every mask has several bodies
+    answers = CaseAnswers((12, 20, 5), classes=3, samples=1, device=torch.device("cpu"))
+    answers.put(range(5), range(3), [(plain - median.reshape(-1, 1, 1, 1)).permute(3, 0, 1, 2)])
+    before = answers.result()[0].clone()
+    answers.keep_largest([0, 2])
+    after = answers.result()[0]
+    assert torch.equal(after[1], before[1])
+    several = 0
+    for channel in (0, 2):
+        labels, count = ndimage.label((before[channel] > 0).numpy(), structure=np.ones((3, 3, 3)))
+        several += count > 1
+        sizes = [(labels == label).sum() for label in range(1, count + 1)]
+        largest = torch.from_numpy(labels == 1 + int(np.argmax(sizes)))
+        assert torch.equal(after[channel] > 0, largest)
+        gone = (before[channel] > 0) & ~largest
+        assert (after[channel][gone] == ABSENT_LOGIT).all()
+        assert torch.equal(after[channel][~gone], before[channel][~gone])
+    assert several
+
+
+def bodies(depth):
+    """Logits (D, 1, 6, 6) of a body of 4 x depth pixels and one of a single pixel, which do not touch."""
+    logits = torch.full((depth, 1, 6, 6), -1.0)
+    logits[:, :, :2, :2] = 2.0
+    logits[0, :, 4, 4] = 3.0
+    return logits
+
+
+@pytest.mark.parametrize(("depth", "left"), [(2, 8), (1, 5)])
+def test_the_largest_body_by_hand_and_single_slices_stay(depth, left):
+    answers = CaseAnswers((6, 6, depth), classes=1, samples=1, device=torch.device("cpu"))
+    answers.put(range(depth), [0], [bodies(depth)])
+    answers.keep_largest([0])
+    assert (answers.result() > 0).sum() == left
+
+
+def test_the_quality_counts_what_stays():
+    logits = bodies(3)
+    logits[2] = -1.0
+    logits[2, :, 5, 5] = 1.0  # alone in its slice
+    answers = CaseAnswers((6, 6, 3), classes=1, samples=1, device=torch.device("cpu"), judged=True)
+    answers.put(range(3), [0], [logits], [torch.full((3, 1), 0.5)])
+    assert answers.result().quality.area.tolist() == [[5], [4], [1]]
+    answers.keep_largest([0])
+    quality = answers.result().quality
+    assert quality.area.tolist() == [[4], [4], [0]]
+    assert quality.overlaps.flatten().tolist() == [5, 4, 0]
+
+
+def test_the_inferer_keeps_the_largest_body_where_it_is_told_to(network, volume, monkeypatch):
+    kept = []
+    monkeypatch.setattr(CaseAnswers, "keep_largest", lambda self, columns: kept.append(columns))
+    ClassPromptInferer()(volume, network, class_ids=[1, 4])
+    assert kept == []
+    ClassPromptInferer(largest_component=True)(volume, network, class_ids=[1, 4])
+    assert kept == [[0, 1]]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scripts.data.fitting import network_slices, restore_from_square
+from scripts.data.vocabulary import Vocabulary
 from scripts.engines.embedding import open_store
 from scripts.engines.prompt_free_inferer import PromptFreeInferer, asked_alone
 from scripts.errors import ConfigError
@@ -116,6 +117,7 @@ def test_an_unknown_class_is_named(network, volume):
         ({"samples": 2, "noise_seed": 0}, "draws no noise"),
         ({"smallest_quality": 0.5}, "does not judge its masks"),
         ({"quality": True}, "does not judge its masks"),
+        ({"largest_component": True}, "answers as it is"),
         ({"runtime": "onnx"}, "runtime torch alone, not onnx"),
     ],
 )
@@ -128,3 +130,9 @@ def test_its_embeddings_are_not_stored(tmp_path):
     network = HSPSAM(image_encoder="compact", image_size=SIZE)
     with pytest.raises(ConfigError, match="leave embeddings_dir out"):
         open_store(network, tmp_path)
+
+
+def test_positions_are_not_averaged(bundle_root):
+    vocabulary = Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+    with pytest.raises(ConfigError, match="answers as it is: leave averaged_orientations"):
+        PromptFreeInferer(averaged_orientations={"CT": "all"}, vocabulary=vocabulary)

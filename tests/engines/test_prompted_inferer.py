@@ -6,6 +6,7 @@ from monai.data import MetaTensor
 
 from scripts.data.fitting import network_slices, restore_from_square
 from scripts.data.placing import ImagePrompts, PromptedObject, SlicePrompt
+from scripts.data.vocabulary import Vocabulary
 from scripts.engines.answers import ABSENT_LOGIT, JudgedLogits, SampledLogits, merge_channels
 from scripts.engines.batches import tight_boxes
 from scripts.engines.box_inferer import BoxPromptInferer
@@ -197,3 +198,28 @@ def test_true_boxes_are_answered_whatever_their_quality(network, image):
         BoxPromptInferer(smallest_quality=least)(image, network, class_ids=[1], boxes=boxes) for least in (0.0, 1.0)
     )
     torch.testing.assert_close(found, whole)
+
+
+def test_objects_are_asked_upright_and_keep_all_their_bodies(bundle_root, network, image):
+    """Two lesions of one channel are two; and the classes beside them are averaged, and have one body."""
+    boxes = (box_object(201, (0.0, 0.0, 3.0, 3.0), [0]), box_object(201, (14.0, 8.0, 17.0, 11.0), [4]))
+    prompts = ImagePrompts((2,), boxes, modality="CT")
+    plain = PromptedInferer()(image, network, prompts=prompts)
+    vocabulary = Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+    settings = {"averaged_orientations": {"CT": "all"}, "vocabulary": vocabulary, "largest_component": True}
+    found = PromptedInferer(**settings)(image, network, prompts=prompts)
+    assert torch.equal(found[:, 1], plain[:, 1])
+    assert not torch.equal(found[:, 0], plain[:, 0])
+    alone = PromptedInferer(**settings)(image, network, class_ids=[2], modality="CT")
+    torch.testing.assert_close(found[:, :1], alone)
+
+
+def test_true_boxes_are_asked_upright_and_keep_all_their_bodies(bundle_root, network, image):
+    boxes = torch.tensor([1.0, 1.0, 9.0, 9.0]).expand(1, 1, 5, 4)
+    vocabulary = Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+    settings = {"averaged_orientations": {"CT": "all"}, "vocabulary": vocabulary, "largest_component": True}
+    whole, found = (
+        BoxPromptInferer(**chosen)(image, network, class_ids=[1], boxes=boxes, modality="CT")
+        for chosen in ({}, settings)
+    )
+    assert torch.equal(found, whole)

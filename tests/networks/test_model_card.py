@@ -155,13 +155,15 @@ def test_an_older_card_means_what_was_then_the_only_way(phantom_model):
     card = ModelCard.beside(phantom_model)
     assert "class_code" not in card.network
     assert card.settings["class_code"] == "scalar"
-    assert card.settings["smallest_quality"] == 0.0
+    chosen = {name: card.settings[name] for name in ("smallest_quality", "averaged_orientations", "largest_component")}
+    assert chosen == {"smallest_quality": 0.0, "averaged_orientations": {}, "largest_component": False}
 
 
 def test_what_was_chosen_for_the_answers_is_a_setting(tmp_path):
-    card = ModelCard(network={}, preprocessing={}, trained={}, postprocessing={"smallest_quality": 0.25})
+    chosen = {"smallest_quality": 0.25, "averaged_orientations": {"CT": "mirror"}, "largest_component": True}
+    card = ModelCard(network={}, preprocessing={}, trained={}, postprocessing=chosen)
     card.write(tmp_path / "model.json")
-    assert ModelCard.beside(tmp_path / "model.pt").settings["smallest_quality"] == 0.25
+    assert ModelCard.beside(tmp_path / "model.pt").settings.items() >= chosen.items()
 
 
 @pytest.mark.parametrize("content", [3, {"smallest_quality": "$import os"}])
