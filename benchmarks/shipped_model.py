@@ -128,7 +128,9 @@ def impossible(datalists: Sequence[Path], *, checkpoint: str | None) -> tuple[in
             where = {"modality": case["modality"], "regions": case.get("regions")}
             ids = [class_id for class_id in network.class_ids if not vocabulary.can_occur(class_id, **where)]
             with torch.inference_mode():
-                logits = inferer(torch.as_tensor(case["image"])[None], network, class_ids=ids, case=case["case"])
+                image = torch.as_tensor(case["image"])[None]
+                asked = {"class_ids": ids, "case": case["case"], "modality": case["modality"]}
+                logits = inferer(image, network, **asked)
             masks = as_masks({"pred": logits[0]})["pred"]
             found = masks.bool().flatten(1).any(dim=1)
             empty += int((~found).sum())
