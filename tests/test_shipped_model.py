@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.utils import set_determinism
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from scripts import cli
 from scripts.networks.model_card import ModelCard
@@ -110,6 +111,31 @@ def test_a_file_of_sam_parts_is_completed_to_be_asked_by_boxes(bundle_root, tmp_
     assert set(parts) < set(state)
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in parts.items())
     assert as_whole(bundle_root / "models" / "model.pt", tmp_path) == (bundle_root / "models" / "model.pt", True)
+
+
+def liver_in(picture, output, **settings):
+    """The probability of a liver in a picture of CT, by the shipped model and its card, in steps of 1 / 255."""
+    chosen = {"modality": "CT", "probability_maps": True, "smallest_quality": 0.0, **settings}
+    cli.infer(str(picture), output=str(output), progress_bar=False, **chosen)
+    with Image.open(output / f"{picture.stem}_prob_liver.png") as found:
+        return np.asarray(found).astype(int)
+
+
+def test_a_ct_may_lie_in_any_way(tmp_path):
+    """What the model's card says of CT is what `infer` does, from file to file."""
+    rng = np.random.default_rng(2)
+    values = gaussian_filter(rng.normal(size=(90, 120)), 9)
+    values = np.uint8(np.clip(128 + 80 * values / values.std(), 0, 255))
+    Image.fromarray(values).save(tmp_path / "upright.png")
+    Image.fromarray(np.ascontiguousarray(np.rot90(values[:, ::-1]))).save(tmp_path / "turned.png")
+    upright, turned = (liver_in(tmp_path / f"{name}.png", tmp_path / name) for name in ("upright", "turned"))
+    assert upright.std() > 1
+    assert np.abs(np.rot90(turned, -1)[:, ::-1] - upright).max() <= 1
+    alone = [
+        liver_in(tmp_path / f"{name}.png", tmp_path / "alone", averaged_orientations={})
+        for name in ("upright", "turned")
+    ]
+    assert np.abs(np.rot90(alone[1], -1)[:, ::-1] - alone[0]).max() > 10
 
 
 @pytest.mark.slow
