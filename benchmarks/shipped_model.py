@@ -29,12 +29,15 @@ DECIMALS = 4
 AGREEMENT = 5e-4  # what is the same to the third decimal
 
 
-def score(datalists: Sequence[Path], output: Path, *, checkpoint: str | None) -> dict[str, Any]:
+def score(
+    datalists: Sequence[Path], output: Path, *, checkpoint: str | None, error_pictures: bool = True
+) -> dict[str, Any]:
     """Score a model on the test parts; give the summary of each set by its name."""
+    chosen = {"checkpoint": checkpoint, "section": SECTION, "error_pictures": error_pictures}
     summaries = {}
     for path in datalists:
         place = output / path.parent.name
-        cli.evaluate(str(path), checkpoint=checkpoint, section=SECTION, output=str(place), progress_bar=False)
+        cli.evaluate(str(path), output=str(place), progress_bar=False, **chosen)
         content = json.loads((place / "summary.json").read_text(encoding="utf-8"))
         (summaries[path.parent.name],) = content["units"].values()
     return summaries
@@ -92,7 +95,8 @@ def positions(datalist: Path, output: Path, *, checkpoint: str | None) -> dict[s
         for turns in range(4):
             name = f"{'mirrored_' if mirrored else ''}{90 * turns}"
             turned = _write_turned(datalist, output / "positions" / name, mirrored=mirrored, turns=turns)
-            (summary,) = score([turned], output / "positions" / name / "scores", checkpoint=checkpoint).values()
+            place = output / "positions" / name / "scores"
+            (summary,) = score([turned], place, checkpoint=checkpoint, error_pictures=False).values()
             found[name] = round(summary["classes"]["liver"]["dsc"], DECIMALS)
     return found
 
@@ -129,8 +133,8 @@ def impossible(datalists: Sequence[Path], *, checkpoint: str | None) -> tuple[in
             ids = [class_id for class_id in network.class_ids if not vocabulary.can_occur(class_id, **where)]
             with torch.inference_mode():
                 image = torch.as_tensor(case["image"])[None]
-                asked = {"class_ids": ids, "case": case["case"], "modality": case["modality"]}
-                logits = inferer(image, network, **asked)
+                question = {"class_ids": ids, "case": case["case"], "modality": case["modality"]}
+                logits = inferer(image, network, **question)
             masks = as_masks({"pred": logits[0]})["pred"]
             found = masks.bool().flatten(1).any(dim=1)
             empty += int((~found).sum())
