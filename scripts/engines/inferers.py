@@ -230,13 +230,15 @@ class ClassPromptInferer(Inferer):
             device=image.device,
             judged=self.quality,
         )
+        classes = [column for column, question in enumerate(questions) if isinstance(question, int)]
+        positions = self.positions.get(modality or "", (UPRIGHT,)) if classes else (UPRIGHT,)
         with self._mixed(image.device):
             for slices, repeated in self._distinct(image, questions, asked, case, model.image_size):
-                self._segment(model, replace(slices, positions=self.positions.get(modality or "", (UPRIGHT,))), answers)
+                self._segment(model, replace(slices, positions=positions), answers)
                 for place, source in repeated:
                     answers.repeat(place, source)
         if self.largest_component:
-            answers.keep_largest([column for column, question in enumerate(questions) if isinstance(question, int)])
+            answers.keep_largest(classes)
         return answers.result()
 
     def embed(self, inputs: torch.Tensor, network: torch.nn.Module) -> int:
@@ -322,23 +324,21 @@ class ClassPromptInferer(Inferer):
         content = fitted_shape(*slices.original, model.image_size)
         if position != UPRIGHT:
             pixels = position.lay(slices.pixels, content=content)
-            questions = self._mirrored(model, slices.questions) if position.mirrored else slices.questions
+            questions = [self._partner(model, asked) if position.mirrored else asked for asked in slices.questions]
             slices = replace(slices, pixels=pixels, questions=questions)
         return LaidSlices(slices, position, content, self._embed(model, slices.pixels))
 
-    def _mirrored(self, model: AutoMedSAM | OnnxNetwork, questions: Sequence[Question]) -> list[Question]:
-        """Ask for each class's partner, which is where the class was, for all that a mirrored image shows."""
-        asked: list[Question] = []
-        for question in questions:
-            known = isinstance(question, int) and self.vocabulary is not None
-            partner = cast(Vocabulary, self.vocabulary).entry(cast(int, question)).partner if known else None
-            if partner is not None and partner not in model.class_ids:
-                raise ConfigError(
-                    f"a mirrored image shows class {partner} where class {question} was, and this network has learned "
-                    f"{list(model.class_ids)}: leave mirrored positions out of averaged_orientations"
-                )
-            asked.append(question if partner is None else partner)
-        return asked
+    def _partner(self, model: AutoMedSAM | OnnxNetwork, question: Question) -> Question:
+        """Give the class that a mirrored image shows where it showed this one: of most classes the same."""
+        if not isinstance(question, int):
+            return question
+        partner = cast(Vocabulary, self.vocabulary).entry(question).partner
+        if partner is not None and partner not in model.class_ids:
+            raise ConfigError(
+                f"a mirrored image shows class {partner} where class {question} was, and this network has learned "
+                f"{list(model.class_ids)}: leave mirrored positions out of averaged_orientations"
+            )
+        return question if partner is None else partner
 
     def _ask(
         self,

@@ -223,3 +223,13 @@ def test_true_boxes_are_asked_upright_and_keep_all_their_bodies(bundle_root, net
         for chosen in ({}, settings)
     )
     assert torch.equal(found, whole)
+
+
+def test_boxes_alone_are_encoded_upright_alone(bundle_root, network, image):
+    vocabulary = Vocabulary.read(bundle_root / "configs" / "classes.yaml")
+    inferer = PromptedInferer(averaged_orientations={"CT": "all"}, vocabulary=vocabulary)
+    encoded = []
+    hook = network.image_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    inferer(image, network, prompts=ImagePrompts((), (box_object(201, (1.0, 1.0, 9.0, 9.0), [0, 3]),), modality="CT"))
+    hook.remove()
+    assert sum(encoded) == 2
