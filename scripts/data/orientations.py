@@ -55,12 +55,9 @@ def draw_orientation(kind: Orientation, rng: np.random.Generator) -> tuple[bool,
         kind: "none" draws nothing, "mirror" one of two, "all" one of eight.
         rng: source of the draw.
     """
-    if kind == "none":
-        return False, 0
-    if kind == "mirror":
-        return bool(rng.integers(2)), 0
-    mirrored, turns = divmod(int(rng.integers(8)), 4)
-    return bool(mirrored), turns
+    positions = POSITIONS[kind]
+    chosen = positions[int(rng.integers(len(positions)))] if len(positions) > 1 else UPRIGHT
+    return chosen.mirrored, chosen.turns
 
 
 def reoriented(layers: torch.Tensor, *, content: tuple[int, int], mirrored: bool, turns: int) -> torch.Tensor:

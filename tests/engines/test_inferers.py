@@ -506,10 +506,19 @@ def test_the_modality_is_found_in_the_metadata(network, volume, vocabulary):
     assert torch.equal(averaging(vocabulary)(image, network), expected)
 
 
-def test_a_mirrored_image_is_asked_for_the_partner(build_network, sharp, vocabulary):
+def test_a_mirrored_image_is_asked_for_the_partner(build_network, sharp, vocabulary, monkeypatch):
     left, right = 4, 5
     network = build_network(class_ids=(left, right)).eval().requires_grad_(False)
+    asked, encode = [], network.encode_classes
+
+    def listening(embedding, class_ids, **settings):
+        asked.append(class_ids.tolist())
+        return encode(embedding, class_ids, **settings)
+
+    monkeypatch.setattr(network, "encode_classes", listening)
     found = averaging(vocabulary, "mirror", "MR")(sharp, network, class_ids=[left, right], modality="MR")
+    # An untrained network answers much alike for both, so what it is asked is looked at too.
+    assert asked == [[[left, right]] * 3, [[right, left]] * 3]
     upright = ClassPromptInferer()(sharp, network, class_ids=[left, right]).float()
     mirrored = ClassPromptInferer()(sharp.flip(-2), network, class_ids=[right, left]).float().flip(-2)
     expected = (torch.sigmoid(upright) + torch.sigmoid(mirrored)) / 2
@@ -547,7 +556,7 @@ def test_orientations_need_the_vocabulary():
 # --- of what there is one of, the largest body
 
 
-def test_of_each_class_the_largest_body_of_a_volume_stays(network, vocabulary):
+def test_of_each_class_the_largest_body_of_a_volume_stays(network):
     image = torch.rand((1, 1, 12, 20, 5), generator=torch.Generator().manual_seed(8)) * 255
     plain = ClassPromptInferer()(image, network, class_ids=[1, 2, 4])[0]
     median = plain.flatten(1).median(dim=1).values  # so that every mask has several bodies
