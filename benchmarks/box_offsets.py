@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from scripts.networks.model_card import ModelCard
 from scripts.report.error_pictures import picture_name
 from scripts.workflow import BUNDLE_ROOT
 
-OFFSETS: tuple[float | str, ...] = (0, 5, 15, 30, 50, WHOLE_IMAGE)
+Offset = float | Literal["whole"]  # `whole`: the image's own edges
+
+OFFSETS: tuple[Offset, ...] = (0, 5, 15, 30, 50, WHOLE_IMAGE)
 OFFSETS_OF = 256  # pixels of the square that the paper's offsets are of, most likely
 BY_NAME = "by its name"
 BOX_COLOUR, PREDICTION_COLOUR, TRUTH_COLOUR = (255, 255, 255), (255, 80, 80), (80, 255, 80)
@@ -86,7 +88,7 @@ def picture(datalist: Path, path: Path, *, checkpoint: Path, section: str) -> No
         Image.fromarray(np.concatenate(panels, axis=1)).save(temporary, format="PNG")
 
 
-def _panel(case: Mapping[str, Any], parser: Any, network: AutoMedSAM, offset: float | str) -> np.ndarray:
+def _panel(case: Mapping[str, Any], parser: Any, network: AutoMedSAM, offset: Offset) -> np.ndarray:
     """Draw one box and its answer, on the slice with the largest true mask."""
     truth = torch.as_tensor(case["label"]).bool()  # (K, H, W, D)
     channel, place = divmod(int(truth.sum(dim=(1, 2)).argmax()), truth.shape[-1])

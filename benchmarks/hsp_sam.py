@@ -9,7 +9,7 @@ SAM's ViT-B at 512 pixels, in single precision on the CPU:
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch
 from measure import Action, overhead, race, say, write_result
 from monai.losses import DiceCELoss
 from stages import timed
+from torch import nn
 from variants import Builder, Request, benchmark, peak_alone, without_gradient
 
 from scripts.networks.checkpoints import save_state_dict
@@ -113,8 +114,8 @@ def stages_of(request: Request) -> tuple[dict[str, float], str]:
     encoder, decoder = network.image_encoder, network.decoder
     image = images(request, count=1)
     blocks = {BLOCKS: [(encoder, "levels")]}
-    necks = [*network.necks.values(), encoder.neck]
-    parts = {"necks": necks, "prompt mapping": network.mappings.values()}
+    necks = [*network.necks.children(), encoder.get_submodule("neck")]
+    parts: dict[str, Iterable[nn.Module]] = {"necks": necks, "prompt mapping": network.mappings.values()}
     parts |= {"decoder transformers": decoder.transformers, "upscaling head": [decoder.head]}
     methods = blocks | {stage: [(module, "forward") for module in modules] for stage, modules in parts.items()}
     seconds: dict[str, float] = defaultdict(float)

@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from measure import Action
 from scipy.ndimage import gaussian_filter
 from variants import Request, benchmark, compare
 
@@ -110,7 +109,9 @@ DRAWINGS: Mapping[str, Callable[[tuple[int, ...]], Masks]] = {
 }
 
 
-def prepare(request: Request, *, program: Callable[[Mask, Mask], Figures], drawing: str, size: str) -> Action:
+def prepare(
+    request: Request, *, program: Callable[[Mask, Mask], Figures], drawing: str, size: str
+) -> Callable[[], Figures]:
     """Draw a pair of masks for a program to compare."""
     shape = tuple(length // SMALL_DIVISOR if request.small else length for length in SHAPES[size])
     return partial(program, *DRAWINGS[drawing](shape))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from measure import RESULTS, Action, Comparison, comparison, race, run_process, say, write_result
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL_RESULTS = Path("build") / "benchmarks"
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def benchmark(
             measure(request)
 
 
-def without_gradient(action: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def without_gradient(action: Callable[[], Result]) -> Callable[[], Result]:
     """Let an action run as inference does."""
     return torch.no_grad()(action)
 

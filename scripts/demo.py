@@ -29,10 +29,10 @@ def run_demo(output: Path) -> str:
     table = cli.evaluate(str(datalist), checkpoint=checkpoint, section=UNSEEN_SECTION, output=str(output))
     volume = _first_unseen(datalist)
     cli.infer(str(volume), checkpoint=checkpoint, modality="CT", output=str(output / "segmented"))
-    seconds = time.monotonic() - start
+    seconds = round(time.monotonic() - start)
     _add_seconds(output / "summary.json", seconds)
     picture = output / "segmented" / f"{volume.name.removesuffix('.nii.gz')}_overlay.png"
-    return f"{table}\nsegmented an unseen volume: {picture}\nthe demo took {seconds:.0f} s"
+    return f"{table}\nsegmented an unseen volume: {picture}\nthe demo took {seconds} s"
 
 
 def _first_unseen(datalist: Path) -> Path:
@@ -43,8 +43,8 @@ def _first_unseen(datalist: Path) -> Path:
     return datalist.parent / cases[0]["image"]
 
 
-def _add_seconds(path: Path, seconds: float) -> None:
+def _add_seconds(path: Path, seconds: int) -> None:
     """Write down how long the whole demo took."""
-    content = json.loads(path.read_text()) | {"seconds": round(seconds, 1)}
+    content = json.loads(path.read_text()) | {"seconds": seconds}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -18,7 +18,7 @@ from scripts.errors import ConfigError
 from scripts.networks.automedsam import AutoMedSAM
 from scripts.networks.prompts import MaskPrediction, PromptEmbeddings
 
-WHOLE_IMAGE = "whole"
+WHOLE_IMAGE: Literal["whole"] = "whole"
 
 
 def canvas_boxes(
