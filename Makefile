@@ -22,13 +22,13 @@ demo: setup
 
 # Two processes of one thread each: most of the tests are too small for more.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 20
 
-# Trainings of small networks gain nothing from a second thread, so these files share the cores; the others use both.
-LEARNING := tests/test_hsp_sam_learns.py tests/test_study.py tests/test_study_networks.py
+# The files that take longest come first, so that no process ends alone with one of them.
+LONGEST := tests/test_shipped_model.py tests/test_demo.py tests/test_hsp_sam_learns.py
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(LEARNING:%=--ignore=%)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 $(LEARNING)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations 20 \
+		$(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/*/ tests/test_*.py))
 
 # MONAI Label wants an older numpy, and so has an environment of its own; see requirements-label.txt.
 $(LABEL)/.ready: requirements.txt requirements-label.txt
