@@ -25,7 +25,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 20
 
 # The files that take longest come first, so that no process ends alone with one of them.
-LONGEST := tests/test_shipped_model.py tests/test_demo.py tests/test_hsp_sam_learns.py
+LONGEST := $(addprefix tests/test_,shipped_model.py demo.py hsp_sam_learns.py benchmarks.py)
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations 20 \
 		$(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/*/ tests/test_*.py))
