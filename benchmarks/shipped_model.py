@@ -3,8 +3,8 @@
 DATA is the folder of the six data sets that the model was trained on. Their test parts are scored with every class of
 the image's modality asked for in every image or slice; the CT slices again in each of the eight positions that turning
 and mirroring gives; and every image is asked for the classes that it cannot show. The figures are compared with
-`eval_metrics` in configs/metadata.json to the third decimal, or written there. `--upright` leaves the other positions
-out, which take a third of the time.
+`eval_metrics` in configs/metadata.json to the third decimal, or written there. `--upright` leaves CT's other
+positions out.
 """
 
 import argparse
